@@ -1,0 +1,46 @@
+# Everything here works on a machine with python3 >= 3.11 (with venv) and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null UV_NO_CONFIG=1 \
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--custom-compile-command "make lock" --quiet
+
+.PHONY: help demo test check bench up lock clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+
+demo: $(READY) ## 240 tickets through three simulated providers, with the bill
+	@$(BIN)/backstop demo
+
+test: $(READY) ## all tests, on a real Postgres and a real Valkey
+	@$(BIN)/pytest
+
+check: $(READY) ## lint, format, types, layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(READY) ## throughput and latency beside a usual Celery worker
+	@$(BIN)/python -m bench.throughput
+
+up: $(READY) ## servers, workers, API and Flower, until Ctrl-C
+	@$(BIN)/backstop up
+
+lock: $(READY) ## new lock files from pyproject.toml
+	@$(UV) --output-file requirements.lock
+	@$(UV) --all-extras --group dev --output-file requirements-dev.lock
+
+clean: ## without the environment and all data
+	@rm -rf $(VENV) .backstop .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(READY): requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Backstop needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) (about a minute, once)" >&2
+	@$(PYTHON) -m venv $(VENV) || { echo "This Python has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)

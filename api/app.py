@@ -1,0 +1,52 @@
+"""The application: what it opens, which routes it has. `uvicorn api.app:create_app --factory` serves it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+
+import worker
+from api import batches, figures, health, jobs, problems
+from api.parts import Parts
+from worker import config, wiring
+from worker.settings import Settings
+from worker.waiting import Endings
+
+
+def create_app(settings: Settings | None = None, connections: wiring.Connections | None = None) -> FastAPI:
+    """The API. Settings default to the environment's; connections that are given stay open when the app stops.
+
+    Raises UsageError at once when the configuration cannot be used.
+    """
+    chosen = settings or Settings()
+    configured = config.load(chosen.config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            opened = connections
+            if opened is None:
+                opened = await stack.enter_async_context(wiring.connections(chosen))
+            app.state.parts = Parts(
+                config=configured,
+                db=opened.db,
+                redis=opened.redis,
+                breakers=opened.breakers,
+                publish=opened.publish,
+                endings=await stack.enter_async_context(Endings(opened.db, opened.redis)),
+            )
+            yield
+
+    app = FastAPI(
+        title="Backstop",
+        summary="Chat jobs that must not fail: submit one, get its answer and what it cost.",
+        version=worker.__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    problems.install(app)
+    for resource in (jobs, batches, figures, health):
+        app.include_router(resource.router)
+    return app

@@ -1,0 +1,226 @@
+"""The JSON that goes in and out. Money is a decimal string or null for not known; times are RFC 3339 in UTC."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
+
+from worker.export import ExportRow
+from worker.job import Answer, JobState, Lane
+from worker.views import CallView, JobView
+
+MAX_DEADLINE_S = 7 * 24 * 3600
+_MAX_DEPTH = 32
+
+Usd = Annotated[Decimal, PlainSerializer(lambda value: format(value.normalize(), "f"), return_type=str)]
+Moment = Annotated[datetime, AfterValidator(lambda value: value.astimezone(UTC))]
+
+
+class JobIn(BaseModel):
+    """One chat request. Fields not named here go to the provider: `temperature`, `max_tokens`, `tools`, ..."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100}},
+    )
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    chain: str = Field("default", max_length=200, description="A chain, a provider, or a provider's model.")
+    lane: Lane = Lane.INTERACTIVE
+    deadline_s: float = Field(120, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="Seconds from now.")
+    metadata: dict[str, Any] | None = Field(None, description="Kept with the job, sent to nobody.")
+
+    @field_validator("metadata")
+    @classmethod
+    def _storable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        _check_storable(value)
+        return value
+
+    def chat_body(self) -> dict[str, Any]:
+        """The part of it that is the chat request."""
+        return {"messages": self.messages, **(self.model_extra or {})}
+
+
+class UsageOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    input_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+
+
+class ResultOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    content: str | None
+    finish_reason: str
+    provider: str
+    model: str
+    usage: UsageOut
+    degraded: str | None
+    tool_calls: list[dict[str, Any]] | None = Field(None, exclude_if=lambda value: value is None)
+
+    @classmethod
+    def of(cls, answer: Answer | None) -> Self | None:
+        return None if answer is None else cls.model_validate(answer)
+
+
+class JobOut(BaseModel):
+    """A job. `cost_usd` sums its calls, but for `unknown_calls` of them whose cost is not known."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    state: JobState
+    created_at: Moment
+    finished_at: Moment | None
+    result: ResultOut | None = Field(validation_alias="answer")
+    cost_usd: Usd | None
+    error: dict[str, Any] | None
+    calls: int
+    unknown_calls: int
+    attempts: int
+    chain: str
+    lane: Lane
+    deadline_at: Moment
+    metadata: dict[str, Any] | None
+    batch_id: UUID | None
+    custom_id: str | None
+
+    @classmethod
+    def of(cls, job: JobView) -> Self:
+        return cls.model_validate(job)
+
+
+class JobPage(BaseModel):
+    """Newest first. `next_cursor` asks for the page behind this one."""
+
+    data: list[JobOut]
+    has_more: bool
+    next_cursor: str | None
+
+
+class CallOut(BaseModel):
+    """One HTTP request to a provider; `outcome` null is under way."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    provider: str
+    model: str
+    attempt: int
+    opened_at: Moment
+    started_at: Moment | None
+    ended_at: Moment | None
+    latency_ms: int | None
+    outcome: str | None
+    http_status: int | None
+    error_code: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    billing: str
+    cost_usd: Usd | None
+    price_source: str | None
+
+    @classmethod
+    def of(cls, call: CallView) -> Self:
+        return cls.model_validate(call)
+
+
+class CallList(BaseModel):
+    data: list[CallOut]
+
+
+class ResultLine(BaseModel):
+    """One line of a batch's results: a job that has ended. `ordinal` is its row in the file, from 1."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID = Field(validation_alias="job_id")
+    custom_id: str | None
+    ordinal: int
+    state: JobState
+    result: ResultOut | None = Field(validation_alias="answer")
+    cost_usd: Usd | None
+    error: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, row: ExportRow) -> Self:
+        return cls.model_validate(row)
+
+
+class CallsToday(BaseModel):
+    """Since midnight UTC. Latencies are those of answered calls, in milliseconds."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    calls: int = 0
+    answered: int = 0
+    failed: int = 0
+    p50_ms: int | None = None
+    p95_ms: int | None = None
+    unknown: int = 0
+    cost_usd: Usd | None = Decimal(0)
+
+
+class ProviderOut(BaseModel):
+    """A provider, its breaker as all workers see it, and this tenant's calls."""
+
+    name: str
+    model: str
+    state: str
+    health: str
+    retry_after_s: float
+    reason: str | None
+    today: CallsToday
+
+
+class ProviderList(BaseModel):
+    data: list[ProviderOut]
+
+
+class CostOut(BaseModel):
+    """`unknown` calls may have been billed at a cost not known; `coverage` is the share of known costs, 0 to 1."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    key: str | None
+    calls: int
+    billed: int
+    unknown: int
+    input_tokens: int
+    output_tokens: int
+    cost_usd: Usd | None
+    coverage: float
+
+
+class CostList(BaseModel):
+    by: str
+    since: Moment
+    data: list[CostOut]
+
+
+def _check_storable(value: Any) -> None:
+    """Raises ValueError for JSON that Postgres would refuse, or that nests deeper than anyone means to."""
+    nested = [(value, 0)]
+    while nested:
+        item, depth = nested.pop()
+        match item:
+            case dict() | list() if depth >= _MAX_DEPTH:
+                raise ValueError(f"nests deeper than {_MAX_DEPTH} levels")
+            case dict():
+                nested += [(part, depth + 1) for pair in item.items() for part in pair]
+            case list():
+                nested += [(part, depth + 1) for part in item]
+            case float() if not math.isfinite(item):
+                raise ValueError("holds NaN or Infinity, which JSON does not have")
+            case str() if "\x00" in item or any("\ud800" <= character <= "\udfff" for character in item):
+                raise ValueError("holds a NUL or half a surrogate pair, which cannot be stored")

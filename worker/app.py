@@ -1,0 +1,81 @@
+"""The Celery application: broker, queues, delivery rules. `celery -A worker.app worker` finds it here.
+
+Celery wakes workers and shows itself in Flower; it owns nothing. Messages are acknowledged when they are fetched and carry
+ids only: the ledger knows what is ready, what is late and what was lost, so nothing here is retried, scheduled or stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from celery import Celery
+from kombu import Exchange, Queue
+
+from worker.dispatch import queue_name
+from worker.job import Lane
+from worker.settings import Settings
+
+TASK = "backstop.run_jobs"
+
+
+def _settings() -> dict[str, Any]:
+    """Read when Celery first needs them, not at import."""
+    from worker.embedded.attach import attached
+
+    settings = attached(Settings())
+    return {
+        "broker_url": settings.redis_url,
+        "imports": ["worker.tasks"],
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_ignore_result": True,
+        "task_store_errors_even_if_ignored": False,
+        # Late acknowledgement on Redis loses messages under SIGKILL and runs paid calls twice after a connection blip.
+        "task_acks_late": False,
+        "worker_disable_prefetch": True,
+        "worker_prefetch_multiplier": 1,
+        "worker_pool": "threads",
+        "worker_concurrency": 64,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_send_task_events": True,
+        "task_send_sent_event": False,
+        "worker_soft_shutdown_timeout": 0,
+        "worker_hijack_root_logger": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_channel_error_retry": True,  # without it a full or read-only Redis ends the worker
+        "broker_connection_timeout": 4,
+        "broker_pool_limit": 10,
+        "broker_transport_options": {
+            "visibility_timeout": 900,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+            "queue_order_strategy": "sorted",  # names sort by rank: the interactive lane is served first
+        },
+        "task_publish_retry": False,
+        "task_queues": [Queue(name, Exchange(name), routing_key=name) for name in map(queue_name, Lane)],
+        "task_default_queue": queue_name(Lane.BULK),
+        "task_create_missing_queues": False,
+        "beat_schedule": {"tidy": {"task": "backstop.tidy", "schedule": 3600.0}},
+        "beat_schedule_filename": str(settings.data / "beat-schedule"),
+    }
+
+
+app = Celery("backstop", set_as_current=True)
+app.add_defaults(_settings)
+
+
+def publish(lane: Lane, delivery_id: UUID, job_ids: Sequence[UUID]) -> None:
+    """One message on the lane's queue. Raises kombu's OperationalError when it is not known to have arrived."""
+    app.send_task(
+        TASK,
+        kwargs={"job_ids": [str(job_id) for job_id in job_ids]},
+        task_id=str(delivery_id),
+        queue=queue_name(lane),
+        ignore_result=True,
+        retry=False,
+    )

@@ -1,0 +1,284 @@
+"""Walks a chain of providers until one answers.
+
+    for provider in chain: breaker( retry( call ))
+
+The breaker is outermost: it is asked once a step and told once how the step ended, so a call that was retried and then answered counts
+as a success. Inside it stands the only retry loop of the system. What a reply means is `signals.POLICIES`, nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.exc import DBAPIError
+
+from worker.calls import Call, Stopwatch
+from worker.config import ChainConfig, ProviderConfig
+from worker.cost import Pricing
+from worker.grouping import Group
+from worker.job import Answer, new_id
+from worker.ledger import Claim, NewCall
+from worker.providers.provider import Provider, Reply
+from worker.resilience.backoff import delay_s
+from worker.resilience.breaker import Admission, Breakers
+from worker.signals import POLICIES, Next, Signal, Verdict
+from worker.validation import fits
+
+FAILOVER_S = 0.5  # a failing provider may cost a job so much before the next one is asked
+RESERVE_S = 2.0  # kept for each provider that has not been asked yet
+RETRY_BASE_S = 0.1
+RETRY_CAP_S = 8.0
+LEAST_CALL_S = 0.05  # with less time left no request is sent
+
+# Outcomes of an interrupted attempt that say nothing about the provider: it may be asked again.
+_INTERRUPTED = frozenset({Signal.ORPHANED, Signal.CANCELLED, Signal.OUT_OF_TIME})
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a provider gave no answer: a signal when it was asked, else what kept it from being asked."""
+
+    provider: str
+    reason: str
+    http_status: int | None = None
+    error_code: str | None = None
+    retry_after_s: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k in self.__slots__ if (v := getattr(self, k)) is not None}
+
+
+@dataclass(slots=True)
+class Walk:
+    """One attempt's way through the chain, kept outside of it so that a cancelled walk is booked as well."""
+
+    claim: Claim
+    calls: list[Call] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
+    opened_id: UUID | None = None  # a call row whose request has not left
+    ends_at_s: float = 0
+
+    def __post_init__(self) -> None:
+        self.opened_id = self.claim.opened_id
+        self.ends_at_s = time.monotonic() + self.claim.remaining_s
+
+    def remaining_s(self) -> float:
+        return self.ends_at_s - time.monotonic()
+
+    @property
+    def unsent(self) -> tuple[UUID, ...]:
+        return (self.opened_id,) if self.opened_id else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No provider may or can answer this request as it is: attempting it again would not help."""
+
+    signal: Signal
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """Everyone who could be asked was asked, and failed in a way that may pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Nobody could be asked; the earliest that can change is in `retry_after_s`."""
+
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfTime:
+    """The job's deadline came first."""
+
+
+Outcome = Answered | Refused | Exhausted | Parked | OutOfTime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Station:
+    """A provider with all that is needed to ask it."""
+
+    provider: Provider
+    config: ProviderConfig
+    pricing: Pricing
+
+
+class Chain:
+    """Asks providers in order. `may_call` says whether this worker may still send requests for a claim (heartbeat fresh, not dead)."""
+
+    def __init__(
+        self,
+        stations: Mapping[str, Station],
+        breakers: Breakers,
+        open_call: Group[NewCall, None],
+        may_call: Callable[[], bool],
+        *,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        self._stations = stations
+        self._breakers = breakers
+        self._open_call = open_call
+        self._may_call = may_call
+        self._rng = rng
+
+    async def answer(self, walk: Walk, route: ChainConfig) -> Outcome:
+        """The first answer along the route, or how the walk ended without one; calls and reasons are left in `walk`."""
+        for asked in walk.claim.asked:
+            if asked.answer is not None:
+                return Answered(asked.answer)
+        stations = list(self._untried(walk, route))
+        for position, station in enumerate(stations):
+            if walk.remaining_s() <= LEAST_CALL_S:
+                return OutOfTime()
+            if not self._may_call():
+                return Parked(0)
+            if not _window_fits(walk, station, self._stations):
+                continue
+            try:
+                reply = await self._step(walk, station, untried=len(stations) - position - 1)
+            except DBAPIError:
+                return Parked(1)  # a call that cannot be put on the books is not made
+            if reply is None:
+                continue
+            if reply.signal is Signal.ANSWERED and reply.answer is not None:
+                return Answered(reply.answer)
+            if POLICIES[reply.signal].next is Next.STOP:
+                return Refused(reply.signal)
+        return _unanswered(walk)
+
+    def _untried(self, walk: Walk, route: ChainConfig) -> Iterator[Station]:
+        done = {asked.provider: asked.outcome for asked in walk.claim.asked if asked.outcome not in _INTERRUPTED}
+        for name in route.providers:
+            if name in done:
+                walk.reasons.append(Reason(name, done[name]))
+            else:
+                yield self._stations[name]
+
+    async def _step(self, walk: Walk, station: Station, *, untried: int) -> Reply | None:
+        name = station.provider.name
+        timeout_s = _timeout_s(walk, station, untried)
+        admission = await self._breakers.admit(name, lease_s=timeout_s + 5)
+        if not admission.allowed:
+            walk.reasons.append(Reason(name, admission.state.value, retry_after_s=round(admission.retry_after_s, 3)))
+            return None
+        try:
+            reply = await self._ask(walk, station, admission, timeout_s=timeout_s, last=untried == 0)
+        except BaseException:
+            await self._breakers.report(name, admission, Verdict.NEUTRAL)
+            raise
+        await self._report(name, admission, reply)
+        if reply.signal is not Signal.ANSWERED:
+            walk.reasons.append(
+                Reason(name, reply.signal.value, reply.http_status, reply.error_code, reply.retry_after_s)
+            )
+        return reply
+
+    async def _ask(self, walk: Walk, station: Station, admission: Admission, *, timeout_s: float, last: bool) -> Reply:
+        began_s = time.monotonic()
+        reply = await self._call(walk, station, timeout_s)
+        retries = 0 if admission.probe else station.config.max_retries
+        for retry in range(1, retries + 1):
+            if not POLICIES[reply.signal].retry:
+                break
+            took_s = time.monotonic() - began_s
+            wait_s = max(delay_s(retry, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng), reply.retry_after_s or 0)
+            if wait_s >= walk.remaining_s() or (not last and took_s + wait_s + took_s / retry > FAILOVER_S):
+                break  # the next provider is nearer than this one's recovery
+            await asyncio.sleep(wait_s)
+            reply = await self._call(walk, station, min(timeout_s, walk.remaining_s()))
+        return reply
+
+    async def _call(self, walk: Walk, station: Station, timeout_s: float) -> Reply:
+        watch = Stopwatch(await self._opened(walk, station), station.provider.name, station.provider.model)
+        try:
+            reply = await station.provider.complete(walk.claim.request, timeout_s=timeout_s, call_id=str(watch.call_id))
+        except BaseException:
+            walk.calls.append(watch.book(Reply(signal=Signal.CANCELLED), station.pricing))
+            raise
+        if reply.signal is Signal.TIMED_OUT and timeout_s < station.config.timeout_s:
+            reply = replace(reply, signal=Signal.OUT_OF_TIME)
+        if reply.answer is not None and not fits(walk.claim.request, reply.answer):
+            reply = replace(reply, signal=Signal.UNFIT, answer=None)
+        walk.calls.append(watch.book(reply, station.pricing))
+        return reply
+
+    async def _opened(self, walk: Walk, station: Station) -> UUID:
+        """The row of the call about to be made, on the books before its request leaves."""
+        claim = walk.claim
+        if walk.opened_id is not None and claim.opened_provider == station.provider.name:
+            call_id, walk.opened_id = walk.opened_id, None
+            return call_id
+        call = NewCall(
+            id=new_id(),
+            job_id=claim.job_id,
+            fence=claim.fence,
+            provider=station.provider.name,
+            model=station.provider.model,
+        )
+        await self._open_call.ask(call)
+        return call.id
+
+    async def _report(self, name: str, admission: Admission, reply: Reply) -> None:
+        policy = POLICIES[reply.signal]
+        await self._breakers.report(
+            name,
+            admission,
+            policy.verdict,
+            slow=policy.slow,
+            block_s=0 if policy.block_s is None else reply.retry_after_s or policy.block_s,
+            isolate_s=policy.isolate_s or 0,
+            reason=reply.error_code or reply.signal.value,
+        )
+
+
+def _timeout_s(walk: Walk, station: Station, untried: int) -> float:
+    """The provider's own limit, or what the deadline leaves once each untried provider has kept its reserve."""
+    remaining_s = walk.remaining_s()
+    reserve_s = min(RESERVE_S, remaining_s / (untried + 1)) * untried
+    return min(station.config.timeout_s, remaining_s - reserve_s)
+
+
+def _window_fits(walk: Walk, station: Station, stations: Mapping[str, Station]) -> bool:
+    """Whether a request that was too long for others may fit here; True where windows are not configured."""
+    too_small = [
+        stations[reason.provider].config.context_tokens
+        for reason in walk.reasons
+        if reason.reason == Signal.CONTEXT_TOO_LONG and reason.provider in stations
+    ]
+    if not too_small:
+        return True
+    own = station.config.context_tokens
+    fits_here = own is None or all(other is None or own > other for other in too_small)
+    if not fits_here:
+        walk.reasons.append(Reason(station.provider.name, "window_too_small"))
+    return fits_here
+
+
+_HOPELESS = frozenset({Signal.CONTEXT_TOO_LONG.value, Signal.UNFIT.value, "window_too_small"})
+
+
+def _unanswered(walk: Walk) -> Outcome:
+    asked = walk.calls or any(asked.outcome not in _INTERRUPTED for asked in walk.claim.asked)
+    if not asked:
+        waits = [reason.retry_after_s for reason in walk.reasons if reason.retry_after_s is not None]
+        return Parked(min(waits, default=1))
+    if walk.remaining_s() <= LEAST_CALL_S:
+        return OutOfTime()
+    hopeless = [reason for reason in walk.reasons if reason.reason in _HOPELESS]
+    if hopeless and len(hopeless) == len(walk.reasons):
+        return Refused(Signal(hopeless[0].reason))
+    return Exhausted()

@@ -1,0 +1,97 @@
+"""The way to Postgres: engine, and its schema at the version this code needs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, NullPool, create_engine, make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from worker.errors import Unreachable, UsageError
+
+MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+
+
+def driver_url(url: str) -> str:
+    """`url` with the psycopg 3 driver named, whether it came as postgres://, postgresql:// or with a driver.
+
+    Raises UsageError when it is no Postgres URL.
+    """
+    try:
+        parsed = make_url(url)
+    except Exception:
+        raise UsageError("DATABASE_URL is not a URL: expected postgresql://user:password@host:5432/name") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise UsageError(f"DATABASE_URL must be a postgresql:// URL, not {parsed.get_backend_name()}://")
+    return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def engine(url: str, *, pooled: bool = True) -> AsyncEngine:
+    """An engine for one event loop, of at most 10 connections; not `pooled`, each ends where it is given back.
+
+    Statements commit by themselves: what must hang together is one statement, or stands in an explicit transaction.
+    """
+    pool: dict[str, Any] = {"pool_size": 5, "max_overflow": 5} if pooled else {"poolclass": NullPool}
+    return create_async_engine(
+        driver_url(url),
+        isolation_level="AUTOCOMMIT",
+        hide_parameters=True,  # prompts stay out of errors
+        connect_args={"connect_timeout": 5, "application_name": "backstop"},
+        **pool,
+    )
+
+
+async def upgrade(url: str) -> None:
+    """The schema is at the newest version; safe to run from many processes at once. Raises Unreachable."""
+    await asyncio.to_thread(_upgrade, url)
+
+
+def _upgrade(url: str) -> None:
+    try:
+        command.upgrade(_alembic(url), "head")
+    except DBAPIError as error:
+        raise unreachable(error) from None
+
+
+async def pending(url: str) -> str | None:
+    """What keeps the schema from being the one this code needs, as a sentence, or None. Raises Unreachable."""
+    return await asyncio.to_thread(_pending, url)
+
+
+def _pending(url: str) -> str | None:
+    head = ScriptDirectory.from_config(_alembic(url)).get_current_head()
+    sync = create_engine(driver_url(url), connect_args={"connect_timeout": 5})
+    try:
+        with sync.connect() as connection:
+            current = _current(connection)
+    except DBAPIError as error:
+        raise unreachable(error) from None
+    finally:
+        sync.dispose()
+    if current == head:
+        return None
+    return f"the database is at version {current or 'none'}, this code needs {head}: run `backstop db upgrade`"
+
+
+def _current(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _alembic(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = driver_url(url)
+    return config
+
+
+def unreachable(error: DBAPIError) -> Unreachable:
+    """The driver's complaint as one line, without the statement and its values."""
+    reason = str(error.orig).strip().splitlines()[0] if error.orig else type(error).__name__
+    return Unreachable(f"Postgres does not answer: {reason}. Check DATABASE_URL, or run `backstop doctor`")

@@ -1,0 +1,199 @@
+"""Publishes ready jobs: a bounded window for each lane, fair between batches, the ledger first and Redis second.
+
+A message is a hint. One too many costs an UPDATE that matches nothing, one too few is found by `Dispatcher.look_for_losses`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from uuid import UUID
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from worker.job import Lane, new_id
+
+log = structlog.get_logger(__name__)
+
+# Puts one message on a lane's queue. Raises when it is not known to have arrived.
+Publish = Callable[[Lane, UUID, Sequence[UUID]], None]
+
+EPOCH_KEY = "backstop:epoch"
+INTERACTIVE_WINDOW = 1_000  # interactive jobs published and not yet claimed; most never pass through here
+LOST_AFTER_S = 3.0  # published for so long while the queue is empty and no worker holds the message
+LOOKS = 2  # empty so often in a row
+
+
+def queue_name(lane: Lane) -> str:
+    """The Celery queue of a lane. Names sort by rank: workers take from the first that is not empty."""
+    return {Lane.INTERACTIVE: "backstop.1.interactive", Lane.BULK: "backstop.2.bulk"}[lane]
+
+
+def shares(free: int, weights: Mapping[UUID | None, int], turn: int) -> dict[UUID | None, int]:
+    """How many of `free` places each batch gets: by weight, at most one place off its exact share.
+
+    The places that cannot be divided go to the batches whose turn it is, so over many rounds every batch gets its due
+    (deficit round robin, where every job costs the same).
+    """
+    total = sum(weights.values())
+    exact = {batch: free * weight / total for batch, weight in weights.items()}
+    given = {batch: math.floor(share) for batch, share in exact.items()}
+    order = list(weights)
+    start = turn % len(order)
+    for batch in (order[start:] + order[:start])[: free - sum(given.values())]:
+        given[batch] += 1
+    return given
+
+
+class Dispatcher:
+    """Works on the leader's own connection: when that breaks, its leadership is gone, and so is this."""
+
+    def __init__(
+        self, db: AsyncConnection, redis: Redis, publish: Publish, *, pack_size: int, dispatch_ttl_s: float
+    ) -> None:
+        self._db = db
+        self._redis = redis
+        self._publish = publish
+        self._pack_size = {Lane.INTERACTIVE: 1, Lane.BULK: pack_size}
+        self._dispatch_ttl_s = dispatch_ttl_s
+        self._epoch: str | None = None
+        self._turn = 0
+        self._empty_looks: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._looked_s = time.monotonic()
+
+    async def tick(self) -> int:
+        """Fills the windows; how many jobs were published. Raises RedisError or DBAPIError, to be called again later."""
+        await self._check_epoch()
+        published = 0
+        for lane, free in (await self._free()).items():
+            if free > 0:
+                published += await self._fill(lane, free)
+        if time.monotonic() - self._looked_s >= 1:
+            await self.look_for_losses()
+            self._looked_s = time.monotonic()
+        return published
+
+    async def _check_epoch(self) -> None:
+        """A Redis without our epoch has lost its memory; a new leader trusts nothing that it did not publish itself."""
+        epoch = await self._redis.get(EPOCH_KEY)
+        if epoch is None:
+            epoch = str(new_id())
+            await self._redis.set(EPOCH_KEY, epoch)
+        epoch = epoch.decode() if isinstance(epoch, bytes) else epoch
+        if epoch != self._epoch:
+            withdrawn = (await self._db.execute(_WITHDRAW_ALL)).rowcount
+            log.info("published_again", why="new epoch" if self._epoch else "new leader", jobs=withdrawn)
+            self._epoch = epoch
+
+    async def _free(self) -> dict[Lane, int]:
+        rows = await self._db.execute(_WINDOWS)
+        free: dict[Lane, int] = {}
+        for row in rows:
+            lane = Lane(row.lane)
+            window = INTERACTIVE_WINDOW if lane is Lane.INTERACTIVE else max(row.slots, self._pack_size[lane])
+            room = 0 if row.paused else max(window - row.published, 0)
+            free[lane] = room - room % self._pack_size[lane]  # full packs, while there is enough to fill them
+        return free
+
+    async def _fill(self, lane: Lane, free: int) -> int:
+        weights: dict[UUID | None, int] = {None: 1}
+        weights.update((row.id, row.weight) for row in await self._db.execute(_BATCHES, {"lane": lane.value}))
+        self._turn += 1
+        given = {batch: count for batch, count in shares(free, weights, self._turn).items() if count}
+        rows = await self._db.execute(
+            _PICK,
+            {
+                "lane": lane.value,
+                "batches": [batch for batch in given if batch],
+                "quotas": [count for batch, count in given.items() if batch],
+                "loose": given.get(None, 0),
+                "pack": self._pack_size[lane],
+                "deliveries": [new_id() for _ in range(math.ceil(free / self._pack_size[lane]))],
+            },
+        )
+        packs = [
+            (delivery, [row.id for row in pack])
+            for delivery, pack in groupby(sorted(rows, key=lambda row: row.delivery_id), lambda row: row.delivery_id)
+        ]
+        await self._send(lane, packs)
+        return sum(len(ids) for _, ids in packs)
+
+    async def _send(self, lane: Lane, packs: Sequence[tuple[UUID, list[UUID]]]) -> None:
+        """Committed first, published second: a crash in between is the same as a lost message."""
+        for position, (delivery, ids) in enumerate(packs):
+            try:
+                await asyncio.to_thread(self._publish, lane, delivery, ids)
+            except Exception as error:
+                # Sent or not is not known; publishing it again is harmless.
+                await self._db.execute(_WITHDRAW, {"deliveries": [unsent for unsent, _ in packs[position:]]})
+                raise RedisError(f"publishing failed: {type(error).__name__}") from error
+
+    async def look_for_losses(self) -> None:
+        """Messages that are neither in Redis nor with a worker are published again, as is what nobody claimed for the dispatch TTL."""
+        for lane in Lane:
+            empty = await self._redis.llen(queue_name(lane)) == 0
+            self._empty_looks[lane] = self._empty_looks[lane] + 1 if empty else 0
+            lost = self._empty_looks[lane] >= LOOKS
+            after_s = min(LOST_AFTER_S, self._dispatch_ttl_s) if lost else self._dispatch_ttl_s
+            withdrawn = (await self._db.execute(_WITHDRAW_LOST, {"lane": lane.value, "after_s": after_s})).rowcount
+            if withdrawn:
+                log.warning("published_again", why="message lost" if lost else "dispatch TTL", jobs=withdrawn, lane=lane.value)
+
+
+_WINDOWS = text("""
+SELECT l.name AS lane, l.paused,
+    (SELECT count(*) FROM jobs j WHERE j.lane = l.name AND j.state = 'queued' AND j.dispatched_at IS NOT NULL) AS published,
+    (SELECT coalesce(sum(w.slots), 0) FROM workers w WHERE w.state = 'live' AND l.name = ANY(string_to_array(w.lanes, ','))) AS slots
+FROM lanes l ORDER BY l.name DESC
+""")
+
+_BATCHES = text("""
+SELECT b.id, b.weight FROM batches b
+WHERE b.state IN ('loading', 'open') AND EXISTS (
+    SELECT FROM jobs j WHERE j.lane = :lane AND j.batch_id = b.id AND j.state = 'queued' AND j.dispatched_at IS NULL
+        AND j.run_at <= now())
+ORDER BY b.id
+""")
+
+_PICK = text("""
+WITH shares AS (
+    SELECT * FROM unnest(CAST(:batches AS uuid[]), CAST(:quotas AS int[])) AS t(batch_id, quota)
+), batched AS (
+    SELECT picked.id FROM shares s CROSS JOIN LATERAL (
+        SELECT j.id FROM jobs j
+        WHERE j.lane = :lane AND j.batch_id = s.batch_id AND j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now()
+        ORDER BY j.run_at, j.id LIMIT s.quota FOR UPDATE SKIP LOCKED) picked
+), loose AS (
+    SELECT j.id FROM jobs j
+    WHERE j.lane = :lane AND j.batch_id IS NULL AND j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now()
+    ORDER BY j.run_at, j.id LIMIT :loose FOR UPDATE SKIP LOCKED
+), pick AS (
+    SELECT id, (CAST(:deliveries AS uuid[]))[CAST((row_number() OVER (ORDER BY id) - 1) / :pack + 1 AS int)] AS delivery_id
+    FROM (SELECT id FROM batched UNION ALL SELECT id FROM loose) both_kinds
+)
+UPDATE jobs SET dispatched_at = now(), delivery_id = pick.delivery_id FROM pick WHERE jobs.id = pick.id
+RETURNING jobs.id, jobs.delivery_id
+""")
+
+_WITHDRAW = text("UPDATE jobs SET dispatched_at = NULL WHERE state = 'queued' AND delivery_id = ANY(CAST(:deliveries AS uuid[]))")
+
+_WITHDRAW_ALL = text("UPDATE jobs SET dispatched_at = NULL WHERE state = 'queued' AND dispatched_at IS NOT NULL")
+
+_WITHDRAW_LOST = text("""
+UPDATE jobs SET dispatched_at = NULL
+WHERE state = 'queued' AND lane = :lane AND dispatched_at < now() - make_interval(secs => :after_s)
+  AND delivery_id NOT IN (SELECT unnest(waiting) FROM workers WHERE state IN ('live', 'draining'))
+""")
+
+
+async def withdraw(db: AsyncEngine, delivery_ids: Sequence[UUID]) -> None:
+    """Jobs of these messages that nobody claimed are ready to be published again."""
+    async with db.connect() as connection:
+        await connection.execute(_WITHDRAW, {"deliveries": list(delivery_ids)})

@@ -1,0 +1,174 @@
+"""What must be right on this machine before jobs can run, looked at one by one. Starts and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from worker import config, database
+from worker.embedded import postgres, servers, valkey
+from worker.errors import BackstopError
+from worker.settings import Settings
+
+_PYTHONS = ((3, 11), (3, 15))  # from, up to but without; `requires-python` in pyproject.toml
+_FREE_BYTES = 1_000_000_000
+_CLOCK_S = 2.0  # leases and heartbeats are told apart by seconds
+_PATIENCE_S = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `remedy` is empty where `ok`; `detail` holds no password and no key."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """All findings, in the order they should be mended. Raises nothing for what is wrong: that is a finding."""
+    running = await asyncio.to_thread(servers.found, settings.data)
+    findings = [_python(), _data(settings.data)]
+    if not settings.database_url:
+        findings.append(_wheel("embedded Postgres", postgres.installed))
+    if not settings.redis_url:
+        findings.append(_wheel("embedded Valkey", valkey.binary))
+    findings += await _postgres(settings.database_url, running.database_url)
+    findings += await _redis(settings.redis_url, running.redis_url)
+    return [*findings, *_config(settings.config)]
+
+
+def _python() -> Finding:
+    oldest, beyond = _PYTHONS
+    ok = oldest <= sys.version_info[:2] < beyond
+    remedy = "" if ok else f"use Python {oldest[0]}.{oldest[1]} to {beyond[0]}.{beyond[1] - 1}"
+    return Finding("Python", ok, ".".join(map(str, sys.version_info[:3])), remedy)
+
+
+def _data(data: Path) -> Finding:
+    name, path = "data directory", data.absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        return Finding(name, False, f"{nearest} cannot be written to", "set BACKSTOP_DATA to a directory that can")
+    if path.exists() and path.stat().st_uid != os.geteuid():
+        detail = f"{path} belongs to user {path.stat().st_uid}, you are {os.geteuid()}"
+        return Finding(name, False, detail, "be that user, or set BACKSTOP_DATA")
+    free = shutil.disk_usage(nearest).free
+    detail = f"{path}, {free / 1e9:.1f} GB free"
+    return Finding(name, free >= _FREE_BYTES, detail, "" if free >= _FREE_BYTES else "make room, or set BACKSTOP_DATA")
+
+
+def _wheel(name: str, find: Callable[[], Path]) -> Finding:
+    try:
+        return Finding(name, True, f"installed in {find().parent}")
+    except BackstopError as error:
+        return _wrong(name, error)
+
+
+async def _postgres(given: str | None, embedded: str) -> list[Finding]:
+    url = given or embedded
+    if not url:
+        return [Finding("Postgres", True, "embedded, not running: it is started when it is needed")]
+    try:
+        engine = database.engine(url)
+    except BackstopError as error:
+        return [_wrong("Postgres", error)]
+    try:
+        async with engine.connect() as connection:
+            asked_at = time.time()
+            version, now = (await connection.execute(text("SELECT version(), clock_timestamp()"))).one()
+            ahead_s = now.timestamp() - (asked_at + time.time()) / 2
+        pending = await database.pending(url)
+    except DBAPIError as error:
+        return [_wrong("Postgres", database.unreachable(error))]
+    except BackstopError as error:
+        return [_wrong("Postgres", error)]
+    finally:
+        await engine.dispose()
+    answers = f"{_source(given, url)} answers: {version.split(' on ')[0]}"
+    schema = Finding("schema", pending is None, pending or "up to date", "run `backstop db upgrade`" if pending else "")
+    return [Finding("Postgres", True, answers), schema, _clock("Postgres", ahead_s)]
+
+
+async def _redis(given: str | None, embedded: str) -> list[Finding]:
+    url = given or embedded
+    if not url:
+        return [Finding("Redis", True, "embedded, not running: it is started when it is needed")]
+    try:
+        client = Redis.from_url(url, socket_connect_timeout=_PATIENCE_S, socket_timeout=_PATIENCE_S)
+    except ValueError:
+        detail = "REDIS_URL is not a URL that Redis clients understand"
+        return [Finding("Redis", False, detail, "set it to redis://:password@host:6379/0")]
+    try:
+        async with client:
+            asked_at = time.time()
+            seconds, microseconds = await client.time()
+            ahead_s = seconds + microseconds / 1e6 - (asked_at + time.time()) / 2
+            about = await client.info()
+    except (RedisError, OSError) as error:
+        detail = f"{_source(given, url)} does not answer: {type(error).__name__}"
+        return [Finding("Redis", False, detail, "check REDIS_URL and that the server runs")]
+    return [
+        Finding("Redis", True, f"{_source(given, url)} answers: {_redis_version(about)}"),
+        _eviction(str(about.get("maxmemory_policy", "unknown"))),
+        _clock("Redis", ahead_s),
+    ]
+
+
+def _redis_version(about: dict[str, object]) -> str:
+    if "valkey_version" in about:
+        return f"Valkey {about['valkey_version']}"
+    return f"Redis {about.get('redis_version', 'of unknown version')}"
+
+
+def _eviction(policy: str) -> Finding:
+    ok = policy == "noeviction"
+    remedy = "" if ok else "set maxmemory-policy noeviction, or a full Redis forgets messages and breakers"
+    return Finding("Redis memory", ok, f"maxmemory-policy is {policy}", remedy)
+
+
+def _clock(server: str, ahead_s: float) -> Finding:
+    ok = abs(ahead_s) <= _CLOCK_S
+    detail = f"{abs(ahead_s):.2f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine"
+    return Finding(f"clock of {server}", ok, detail, "" if ok else "keep both machines' time with NTP")
+
+
+def _config(path: Path) -> Iterator[Finding]:
+    try:
+        loaded = config.load(path)
+    except BackstopError as error:
+        yield _wrong("config", error)
+        return
+    yield Finding("config", True, f"{path}: {len(loaded.providers)} providers, {len(loaded.chains)} chains")
+    for name, provider in loaded.providers.items():
+        try:
+            detail = "needs none" if provider.key() is None else "set"
+            yield Finding(f"key of {name}", True, detail)
+        except BackstopError as error:
+            yield _wrong(f"key of {name}", error)
+
+
+def _source(given: str | None, url: str) -> str:
+    """Which server this is, without its user and password."""
+    parts = urlsplit(url)
+    place = f"{parts.hostname or 'socket'}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    return f"{'given' if given else 'embedded'} server {place}"
+
+
+def _wrong(name: str, error: BackstopError) -> Finding:
+    """An error's message says what to do after its last colon, if it does."""
+    detail, _, remedy = str(error).rpartition(": ")
+    return Finding(name, False, detail or remedy, remedy if detail else "")

@@ -1,0 +1,93 @@
+"""What people do to jobs from outside: cancel them, requeue them. Whole or not at all, guarded like everything in `ledger`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.ledger import COUNTED, run
+
+_CANCEL = text(f"""
+WITH target AS (
+    SELECT id FROM jobs
+    WHERE (id = ANY(CAST(:ids AS uuid[])) OR batch_id = :batch OR delivery_id = :delivery)
+      AND state IN ('queued', 'running') AND NOT (state = 'running' AND cancel_requested)
+      AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
+    ORDER BY id LIMIT :most FOR UPDATE
+), moved AS (
+    UPDATE jobs j SET
+        cancel_requested = true,
+        state = CASE WHEN j.state = 'queued' THEN 'cancelled' ELSE j.state END,
+        finished_at = CASE WHEN j.state = 'queued' THEN now() END
+    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, CASE WHEN j.state = 'running' THEN 'queued' ELSE j.state END AS state
+), {COUNTED}
+SELECT count(*) FILTER (WHERE state = 'cancelled') AS cancelled, count(*) FILTER (WHERE state = 'queued') AS flagged FROM moved
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """`cancelled` ended at once; `flagged` are running: their worker is told within a heartbeat, a success before that wins."""
+
+    cancelled: int
+    flagged: int
+
+
+async def cancel(
+    db: AsyncEngine,
+    *,
+    job_ids: Sequence[UUID] = (),
+    batch_id: UUID | None = None,
+    delivery_id: UUID | None = None,
+    tenant: str | None = None,
+    chunk: int = 10_000,
+) -> Cancelled:
+    """The named jobs, those of a batch, or those of one Celery message end cancelled, unless they have ended already."""
+    cancelled = flagged = 0
+    while True:
+        (row,) = await run(
+            db, _CANCEL, ids=list(job_ids), batch=batch_id, delivery=delivery_id, tenant=tenant, most=chunk
+        )
+        cancelled, flagged = cancelled + row.cancelled, flagged + row.flagged
+        if row.cancelled + row.flagged < chunk:
+            return Cancelled(cancelled, flagged)
+
+
+_REQUEUE = text("""
+WITH target AS (
+    SELECT id, state AS was FROM jobs
+    WHERE (id = ANY(CAST(:ids AS uuid[])) OR batch_id = :batch) AND state IN ('failed', 'cancelled', 'expired')
+      AND EXISTS (SELECT FROM job_requests r WHERE r.job_id = jobs.id AND r.request IS NOT NULL)
+    ORDER BY id LIMIT :most FOR UPDATE
+), moved AS (
+    UPDATE jobs j SET state = 'queued', finished_at = NULL, error = NULL, attempts = 0, walk_fence = j.fence + 1,
+        cancel_requested = false, dispatched_at = NULL, run_at = now(), deadline_at = now() + (j.deadline_at - j.created_at)
+    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, t.was
+), uncounted AS (
+    UPDATE batches b SET failed = b.failed - n.failed, cancelled = b.cancelled - n.cancelled, expired = b.expired - n.expired,
+        state = CASE b.state WHEN 'finished' THEN 'open' ELSE b.state END, finished_at = NULL
+    FROM (SELECT batch_id, count(*) FILTER (WHERE was = 'failed') AS failed, count(*) FILTER (WHERE was = 'cancelled') AS cancelled,
+            count(*) FILTER (WHERE was = 'expired') AS expired FROM moved GROUP BY batch_id) n
+    WHERE b.id = n.batch_id
+)
+SELECT id FROM moved
+""")
+
+
+async def requeue(
+    db: AsyncEngine, *, job_ids: Sequence[UUID] = (), batch_id: UUID | None = None, chunk: int = 10_000
+) -> int:
+    """Failed, cancelled and expired jobs are queued once more, with fresh attempts and their full time; how many.
+
+    Rows that never could be sent (no request) stay failed.
+    """
+    total = 0
+    while True:
+        rows = await run(db, _REQUEUE, ids=list(job_ids), batch=batch_id, most=chunk)
+        total += len(rows)
+        if len(rows) < chunk:
+            return total

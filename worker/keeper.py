@@ -1,0 +1,176 @@
+"""The tight loops of every worker process: its heartbeat, and on the one that leads, dispatch and rescue."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Collection, Mapping
+from uuid import UUID
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from worker.attempt import Attempts
+from worker.dispatch import Dispatcher, Publish
+from worker.job import Lane, new_id
+from worker.rescue import expire, release, rescue
+from worker.settings import Settings
+from worker.settlement import Cancelled
+
+log = structlog.get_logger(__name__)
+
+LEADER_LOCK = 0x6C656164  # "lead"
+FENCE_MARGIN_S = 3.0  # this much before others may hold us dead, no new call is made
+BUSY_TICK_S = 0.03
+IDLE_TICK_S = 0.15
+
+
+class Keeper:
+    """Says that this process lives, and leads when nobody else does.
+
+    `db` is its own and pools nothing: a full pool must not stop a heartbeat,
+    and a lock must end with its connection."""
+
+    def __init__(self, db: AsyncEngine, redis: Redis, publish: Publish, settings: Settings, lanes: Collection[Lane]) -> None:
+        self._db = db
+        self._redis = redis
+        self._publish = publish
+        self._settings = settings
+        self._lanes = lanes
+        self._seen_s = 0.0
+        self._strays: Mapping[UUID, int] = {}
+        self.worker_id = new_id()
+
+    def may_call(self) -> bool:
+        """False when others may soon hold this worker dead: then no new request is sent."""
+        fresh_s = max(self._settings.heartbeat_ttl_s - FENCE_MARGIN_S, self._settings.heartbeat_ttl_s / 2)
+        return time.monotonic() - self._seen_s < fresh_s
+
+    async def register(self) -> None:
+        """This process stands in `workers` under a fresh id. Raises DBAPIError."""
+        self.worker_id = new_id()
+        async with self._db.connect() as connection:
+            await connection.execute(
+                _REGISTER,
+                {
+                    "id": self.worker_id,
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "lanes": ",".join(self._lanes),
+                    "slots": self._settings.bulk_slots if Lane.BULK in self._lanes else 0,
+                },
+            )
+        self._seen_s = time.monotonic()
+
+    async def retire(self) -> None:
+        """Everyone may know at once that this process has ended."""
+        async with self._db.connect() as connection:
+            await connection.execute(_RETIRE, {"id": self.worker_id})
+
+    async def beat(self, attempts: Attempts) -> None:
+        """Every `heartbeat_s`, for ever: alive; hears what to cancel; gives back what stands under its name by mistake."""
+        while True:
+            try:
+                async with self._db.connect() as connection:
+                    while True:
+                        await self._beat_once(connection, attempts)
+                        await asyncio.sleep(self._settings.heartbeat_s)
+            except DBAPIError as error:
+                log.warning("heartbeat_failed", error=type(error.orig).__name__)
+            await asyncio.sleep(self._settings.heartbeat_s)
+
+    async def _beat_once(self, connection: AsyncConnection, attempts: Attempts) -> None:
+        state = "draining" if attempts.draining else "live"
+        values = {"id": self.worker_id, "waiting": list(attempts.waiting), "state": state}
+        rows = list(await connection.execute(_BEAT, values))
+        if not rows:
+            log.warning("declared_dead", worker_id=str(self.worker_id))
+            await self.register()
+            return
+        self._seen_s = time.monotonic()
+        mine = {row.job_id: row for row in rows if row.job_id}
+        for job_id, row in mine.items():
+            if row.cancel_requested and job_id in attempts.held:
+                attempts.held[job_id].stop(Cancelled())
+        strays = {job_id: row.fence for job_id, row in mine.items() if not attempts.holds(job_id)}
+        twice = {job_id: fence for job_id, fence in strays.items() if self._strays.get(job_id) == fence}
+        if twice:
+            released = await release(connection, self.worker_id, twice)
+            log.warning("strays_released", jobs=len(released))
+        self._strays = strays
+
+    async def lead(self) -> None:
+        """For ever: waits to become the leader, then dispatches and rescues until its connection breaks."""
+        while True:
+            try:
+                async with self._db.connect() as connection:
+                    while not (await connection.execute(_LEAD, {"lock": LEADER_LOCK})).scalar_one():
+                        await asyncio.sleep(1)
+                    log.info("leading", worker_id=str(self.worker_id))
+                    await self._reign(connection)
+            except DBAPIError as error:
+                log.warning("leadership_lost", error=type(error.orig).__name__)
+            await asyncio.sleep(1)
+
+    async def _reign(self, connection: AsyncConnection) -> None:
+        settings = self._settings
+        dispatcher = Dispatcher(
+            connection,
+            self._redis,
+            self._publish,
+            pack_size=settings.pack_size,
+            dispatch_ttl_s=settings.dispatch_ttl_s,
+        )
+        # After an outage of Postgres every heartbeat is old: whoever lives gets one TTL to say so.
+        rescue_from_s = time.monotonic() + settings.heartbeat_ttl_s
+        mended_s = 0.0
+        while True:
+            if time.monotonic() - mended_s >= 1:
+                mended_s = time.monotonic()
+                await self._mend(connection, rescuing=mended_s >= rescue_from_s)
+            try:
+                busy = await dispatcher.tick() > 0
+            except RedisError as error:
+                log.warning("dispatch_waits", error=type(error).__name__)
+                await asyncio.sleep(1)
+                continue
+            await asyncio.sleep(BUSY_TICK_S if busy else IDLE_TICK_S)
+
+    async def _mend(self, connection: AsyncConnection, *, rescuing: bool) -> None:
+        expired = await expire(connection)
+        if expired:
+            log.info("expired", jobs=len(expired))
+        if not rescuing:
+            return
+        await connection.execute(_BURY, {"ttl_s": self._settings.heartbeat_ttl_s})
+        rescued = await rescue(connection)
+        if rescued:
+            log.warning("rescued", jobs=len(rescued))
+
+
+_REGISTER = text("""
+INSERT INTO workers (id, host, pid, lanes, slots, state) VALUES (:id, :host, :pid, :lanes, :slots, 'live')
+""")
+
+_RETIRE = text("UPDATE workers SET state = 'gone', waiting = '{}' WHERE id = :id AND state <> 'dead'")
+
+_BEAT = text("""
+WITH me AS (
+    UPDATE workers SET seen_at = now(), waiting = CAST(:waiting AS uuid[]), state = :state
+    WHERE id = :id AND state IN ('live', 'draining') RETURNING id
+)
+SELECT j.id AS job_id, j.fence, j.cancel_requested FROM me LEFT JOIN jobs j ON j.worker_id = me.id AND j.state = 'running'
+""")
+
+_LEAD = text("SELECT pg_try_advisory_lock(:lock)")
+
+_BURY = text("""
+UPDATE workers SET state = 'dead', waiting = '{}'
+WHERE state IN ('live', 'draining') AND seen_at < now() - make_interval(secs => :ttl_s)
+""")

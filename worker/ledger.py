@@ -1,0 +1,289 @@
+"""The life of a claimed job, in order: claim, open calls, settle. (`intervene` holds what people do to jobs, `rescue` what the leader mends.)
+
+Each is one statement, so it happens whole or not at all, and each carries its guard: a write says which state, owner and fence it
+expects, and matching nothing is a legal answer (somebody else was faster, or the message was a duplicate).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import TextClause, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.calls import Call
+from worker.job import Answer, ChatRequest, JobState, Lane, new_id
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """An earlier call in the present walk of the chain. `answer`: paid for, but its settle came too late."""
+
+    provider: str
+    outcome: str
+    answer: Answer | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A job in the hands of this worker, until the fence is raised again. `opened`: the first provider's call row."""
+
+    job_id: UUID
+    fence: int
+    attempts: int
+    chain: str
+    lane: Lane
+    tenant: str
+    request: ChatRequest
+    remaining_s: float
+    asked: tuple[Asked, ...]
+    opened_id: UUID | None
+    opened_provider: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """How an attempt ends. `state` is QUEUED when it is to be attempted again, `run_after_s` from now.
+
+    `counted`: it costs one of MAX_ATTEMPTS. `new_walk`: the chain starts at its beginning next time. `calls` are booked whether
+    or not the fence still holds; `unsent` are call rows opened for requests that never left.
+    """
+
+    job_id: UUID
+    fence: int
+    lane: Lane
+    state: JobState
+    answer: Answer | None = None
+    error: Mapping[str, Any] | None = None
+    run_after_s: float = 0
+    counted: bool = False
+    new_walk: bool = False
+    calls: tuple[Call, ...] = ()
+    unsent: tuple[UUID, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewCall:
+    id: UUID
+    job_id: UUID
+    fence: int
+    provider: str
+    model: str
+
+
+# Shared tail of all statements whose CTE `moved(batch_id, state)` ends jobs.
+COUNTED = """
+counted AS (
+    UPDATE batches b SET
+        succeeded = b.succeeded + n.succeeded, failed = b.failed + n.failed,
+        cancelled = b.cancelled + n.cancelled, expired = b.expired + n.expired,
+        state = CASE WHEN n.closes THEN 'finished' ELSE b.state END,
+        finished_at = CASE WHEN n.closes THEN now() ELSE b.finished_at END
+    FROM (
+        SELECT o.id, m.*, o.state = 'open' AND
+            o.succeeded + o.failed + o.cancelled + o.expired + m.ended >= o.total AS closes
+        FROM (
+            SELECT batch_id, count(*) FILTER (WHERE state <> 'queued') AS ended,
+                count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE state = 'failed') AS failed,
+                count(*) FILTER (WHERE state = 'cancelled') AS cancelled, count(*) FILTER (WHERE state = 'expired') AS expired
+            FROM moved WHERE batch_id IS NOT NULL GROUP BY batch_id
+        ) m JOIN batches o ON o.id = m.batch_id WHERE m.ended > 0 ORDER BY o.id FOR UPDATE OF o
+    ) n WHERE b.id = n.id
+)"""
+
+
+_CLAIM = text("""
+WITH wanted AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:call_ids AS uuid[])) AS t(id, call_id)
+), first AS (
+    SELECT * FROM unnest(CAST(:chains AS text[]), CAST(:providers AS text[]), CAST(:models AS text[])) AS t(chain, provider, model)
+), claimed AS (
+    UPDATE jobs j SET state = 'running', fence = j.fence + 1, worker_id = :worker
+    FROM wanted w
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.id = w.id
+      AND j.state = 'queued' AND j.run_at <= now() AND j.deadline_at > now() AND NOT j.cancel_requested
+    RETURNING j.id, j.fence, j.walk_fence, j.attempts, j.chain, j.lane, j.tenant, j.deadline_at, w.call_id
+), opened AS (
+    INSERT INTO provider_calls (id, job_id, fence, provider, model)
+    SELECT c.call_id, c.id, c.fence, f.provider, f.model
+    FROM claimed c JOIN first f ON f.chain = c.chain WHERE c.fence = c.walk_fence
+    RETURNING id, job_id, provider
+)
+SELECT c.id, c.fence, c.attempts, c.chain, c.lane, c.tenant, r.request,
+    extract(epoch FROM c.deadline_at - now())::float8 AS remaining_s,
+    o.id AS opened_id, o.provider AS opened_provider,
+    CASE WHEN c.fence > c.walk_fence THEN (
+        SELECT jsonb_agg(jsonb_build_array(p.provider, p.outcome, p.answer) ORDER BY p.opened_at, p.id)
+        FROM provider_calls p WHERE p.job_id = c.id AND p.fence >= c.walk_fence AND p.outcome IS NOT NULL
+    ) END AS asked
+FROM claimed c JOIN job_requests r ON r.job_id = c.id LEFT JOIN opened o ON o.job_id = c.id
+""")
+
+
+async def claim(
+    db: AsyncEngine, job_ids: Sequence[UUID], worker_id: UUID, first_calls: Mapping[str, tuple[str, str]]
+) -> list[Claim]:
+    """Those of the jobs that are ready are ours now, their fence raised; the others are done, cancelled or somebody else's.
+
+    `first_calls` names by chain the provider and model that will most likely be asked first: their call rows are opened at once,
+    so that a fresh job needs no further round trip before its request leaves.
+    """
+    rows = await run(
+        db,
+        _CLAIM,
+        ids=list(job_ids),
+        call_ids=[new_id() for _ in job_ids],
+        worker=worker_id,
+        chains=list(first_calls),
+        providers=[provider for provider, _ in first_calls.values()],
+        models=[model for _, model in first_calls.values()],
+    )
+    return [
+        Claim(
+            job_id=row.id,
+            fence=row.fence,
+            attempts=row.attempts,
+            chain=row.chain,
+            lane=Lane(row.lane),
+            tenant=row.tenant,
+            request=ChatRequest.from_json(row.request),
+            remaining_s=row.remaining_s,
+            asked=tuple(
+                Asked(provider=provider, outcome=outcome, answer=Answer.from_json(answer) if answer else None)
+                for provider, outcome, answer in row.asked or ()
+            ),
+            opened_id=row.opened_id,
+            opened_provider=row.opened_provider,
+        )
+        for row in rows
+    ]
+
+
+_OPEN = text("""
+INSERT INTO provider_calls (id, job_id, fence, provider, model)
+SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:fences AS bigint[]),
+    CAST(:providers AS text[]), CAST(:models AS text[]))
+ON CONFLICT (id) DO NOTHING
+""")
+
+
+async def open_calls(db: AsyncEngine, calls: Sequence[NewCall]) -> Sequence[None]:
+    """The calls are on the books, billing unknown, before their requests leave."""
+    await run(
+        db,
+        _OPEN,
+        ids=[call.id for call in calls],
+        job_ids=[call.job_id for call in calls],
+        fences=[call.fence for call in calls],
+        providers=[call.provider for call in calls],
+        models=[call.model for call in calls],
+    )
+    return [None] * len(calls)
+
+
+_SETTLE = text(f"""
+WITH ending AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[]), CAST(:states AS text[]), CAST(:answers AS jsonb[]),
+        CAST(:errors AS jsonb[]), CAST(:run_after_s AS float8[]), CAST(:counted AS int[]), CAST(:new_walk AS bool[]))
+        AS t(id, fence, state, answer, error, run_after_s, counted, new_walk)
+), moved AS (
+    UPDATE jobs j SET
+        state = CASE WHEN e.state = 'queued' AND j.cancel_requested THEN 'cancelled' ELSE e.state END,
+        finished_at = CASE WHEN e.state = 'queued' AND NOT j.cancel_requested THEN NULL ELSE now() END,
+        run_at = CASE WHEN e.state = 'queued' THEN now() + make_interval(secs => e.run_after_s) ELSE j.run_at END,
+        walk_fence = CASE WHEN e.new_walk THEN j.fence + 1 ELSE j.walk_fence END,
+        attempts = j.attempts + e.counted, error = e.error, worker_id = NULL, dispatched_at = NULL
+    FROM ending e
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.id = e.id AND j.fence = e.fence AND j.state = 'running'
+    RETURNING j.id, j.fence, j.state, j.batch_id
+), ours AS (
+    SELECT id, fence FROM moved
+    UNION ALL  -- a commit whose reply was lost is found done when it is sent again
+    SELECT e.id, e.fence FROM ending e JOIN results r ON r.job_id = e.id AND r.fence = e.fence WHERE :again
+), answered AS (
+    INSERT INTO results (job_id, fence, answer)
+    SELECT m.id, m.fence, e.answer FROM moved m JOIN ending e ON e.id = m.id WHERE m.state = 'succeeded'
+), call AS (
+    SELECT * FROM unnest(CAST(:call_ids AS uuid[]), CAST(:call_jobs AS uuid[]), CAST(:call_fences AS bigint[]),
+        CAST(:started AS timestamptz[]), CAST(:ended AS timestamptz[]), CAST(:latencies AS int[]), CAST(:outcomes AS text[]),
+        CAST(:statuses AS int[]), CAST(:codes AS text[]), CAST(:inputs AS int[]), CAST(:outputs AS int[]), CAST(:cached AS int[]),
+        CAST(:reasonings AS int[]), CAST(:billings AS text[]), CAST(:costs AS numeric[]), CAST(:sources AS text[]),
+        CAST(:call_answers AS jsonb[]))
+        AS t(id, job_id, fence, started_at, ended_at, latency_ms, outcome, http_status, error_code, input_tokens, output_tokens,
+             cached_tokens, reasoning_tokens, billing, cost_usd, price_source, answer)
+), booked AS (
+    UPDATE provider_calls p SET
+        started_at = c.started_at, ended_at = c.ended_at, latency_ms = c.latency_ms, outcome = c.outcome,
+        http_status = c.http_status, error_code = c.error_code, input_tokens = c.input_tokens, output_tokens = c.output_tokens,
+        cached_tokens = c.cached_tokens, reasoning_tokens = c.reasoning_tokens, billing = c.billing, cost_usd = c.cost_usd,
+        price_source = c.price_source, answer = CASE WHEN o.id IS NULL THEN c.answer END
+    FROM call c LEFT JOIN ours o ON o.id = c.job_id AND o.fence = c.fence
+    WHERE p.id = ANY(CAST(:call_ids AS uuid[])) AND p.id = c.id
+), unsent AS (
+    DELETE FROM provider_calls WHERE id = ANY(CAST(:unsent AS uuid[])) AND outcome IS NULL
+), {COUNTED}
+SELECT id FROM ours
+""")
+
+
+async def settle(db: AsyncEngine, settlements: Sequence[Settlement], *, again: bool = False) -> list[bool]:
+    """State, result, call rows and batch counters of all of them, at once. True for each whose fence still held.
+
+    A late one is refused: its job stays as it is, its calls are booked all the same, and a paid answer is kept with its call for
+    the next attempt to find. `again` says that an earlier try may have been committed although no reply came.
+    """
+    calls = [(settlement, call) for settlement in settlements for call in settlement.calls]
+    rows = await run(
+        db,
+        _SETTLE,
+        again=again,
+        ids=[s.job_id for s in settlements],
+        fences=[s.fence for s in settlements],
+        states=[s.state.value for s in settlements],
+        answers=[jsonb(s.answer.to_json() if s.answer else None) for s in settlements],
+        errors=[jsonb(s.error) for s in settlements],
+        run_after_s=[s.run_after_s for s in settlements],
+        counted=[int(s.counted) for s in settlements],
+        new_walk=[s.new_walk for s in settlements],
+        unsent=[call_id for s in settlements for call_id in s.unsent],
+        call_ids=[call.id for _, call in calls],
+        call_jobs=[s.job_id for s, _ in calls],
+        call_fences=[s.fence for s, _ in calls],
+        started=[call.started_at for _, call in calls],
+        ended=[call.ended_at for _, call in calls],
+        latencies=[call.latency_ms for _, call in calls],
+        outcomes=[call.signal.value for _, call in calls],
+        statuses=[call.http_status for _, call in calls],
+        codes=[call.error_code for _, call in calls],
+        inputs=[call.usage.input_tokens for _, call in calls],
+        outputs=[call.usage.output_tokens for _, call in calls],
+        cached=[call.usage.cached_tokens for _, call in calls],
+        reasonings=[call.usage.reasoning_tokens for _, call in calls],
+        billings=[call.billing.value for _, call in calls],
+        costs=[call.cost_usd for _, call in calls],
+        sources=[call.price_source for _, call in calls],
+        call_answers=[jsonb(call.answer.to_json() if call.answer else None) for _, call in calls],
+    )
+    held = {row.id for row in rows}
+    return [settlement.job_id in held for settlement in settlements]
+
+
+async def run(db: AsyncEngine, statement: TextClause, **values: Any) -> list[Any]:
+    async with db.connect() as connection:
+        result = await connection.execute(statement, values)
+        return list(result) if result.returns_rows else []
+
+
+_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+
+
+def jsonb(value: Mapping[str, Any] | None) -> str | None:
+    """JSON that Postgres can store: NUL and lone surrogates, which it cannot, become U+FFFD."""
+    if value is None:
+        return None
+    encoded = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return _NUL.sub(r"\1\\ufffd", encoded) if "\\u0000" in encoded else encoded

@@ -1,0 +1,1 @@
+"""Vendors: the one-method contract, and one file for each wire dialect."""

@@ -1,0 +1,222 @@
+"""Every read the API and the CLI make, one statement each. Nothing here changes a row.
+
+Where `tenant` is given, rows of others do not exist; None (the operator at the CLI) sees all. A call is *possibly
+billed* unless its billing is `free`; sums of money leave out the possibly billed calls whose cost is not known, say how
+many those are, and are None when none is known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import RowMapping, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.errors import UsageError
+from worker.export import ExportRow
+from worker.job import Answer, JobState, Lane
+from worker.views import (
+    BatchView,
+    CallView,
+    CostKey,
+    CostRow,
+    Failover,
+    JobView,
+    ProviderDay,
+    WorkerView,
+)
+
+_MAYBE_BILLED = "c.billing <> 'free'"
+_UNKNOWN = f"count(*) FILTER (WHERE {_MAYBE_BILLED} AND c.cost_usd IS NULL)"
+# NULL: possibly billed, but nothing is known; 0: nothing can have been billed.
+_COST = f"CASE WHEN bool_or({_MAYBE_BILLED}) THEN sum(c.cost_usd) FILTER (WHERE {_MAYBE_BILLED}) ELSE 0 END"
+
+_JOB = f"""
+SELECT j.id, j.tenant, j.state, j.lane, j.chain, j.batch_id, j.ordinal, j.custom_id, j.attempts, j.metadata,
+       j.created_at, j.deadline_at, j.finished_at, j.error, r.answer, k.calls, k.unknown_calls, k.cost_usd
+FROM jobs j LEFT JOIN results r ON r.job_id = j.id
+CROSS JOIN LATERAL (
+    SELECT count(*) AS calls, {_UNKNOWN} AS unknown_calls, {_COST} AS cost_usd
+    FROM provider_calls c WHERE c.job_id = j.id
+) k
+"""
+
+
+async def job(db: AsyncEngine, job_id: UUID, tenant: str | None = None) -> JobView | None:
+    """The job, or None when there is none of that id in the tenant."""
+    rows = await _rows(db, f"{_JOB} WHERE j.id = :id {_of('j', tenant)}", id=job_id, tenant=tenant)
+    return _job(rows[0]) if rows else None
+
+
+async def jobs(
+    db: AsyncEngine,
+    *,
+    tenant: str | None = None,
+    state: JobState | None = None,
+    batch_id: UUID | None = None,
+    before: UUID | None = None,
+    limit: int = 50,
+) -> list[JobView]:
+    """Up to `limit` jobs, newest first. The next page is `before` the last id of this one."""
+    where = "AND j.state = :state " if state else ""
+    where += "AND j.batch_id = :batch " if batch_id else ""
+    where += "AND j.id < :before " if before else ""
+    sql = f"{_JOB} WHERE true {_of('j', tenant)} {where} ORDER BY j.id DESC LIMIT :limit"
+    rows = await _rows(db, sql, tenant=tenant, state=state, batch=batch_id, before=before, limit=limit)
+    return [_job(row) for row in rows]
+
+
+async def calls(db: AsyncEngine, job_id: UUID) -> list[CallView]:
+    """Every request sent for the job, in the order they left. Whose job it is, the caller has asked `job` before."""
+    sql = """
+    SELECT id, provider, model, fence AS attempt, opened_at, started_at, ended_at, latency_ms, outcome, http_status,
+           error_code, input_tokens, output_tokens, cached_tokens, reasoning_tokens, billing, cost_usd, price_source
+    FROM provider_calls WHERE job_id = :id ORDER BY coalesce(started_at, opened_at), id
+    """
+    return [CallView(**row) for row in await _rows(db, sql, id=job_id)]
+
+
+_BATCH = """
+SELECT id, tenant, name, state, columns, total, succeeded, failed, cancelled, expired, created_at, finished_at
+FROM batches b
+"""
+
+
+async def batch(db: AsyncEngine, name_or_id: str | UUID, tenant: str | None = None) -> BatchView | None:
+    """The batch of that id, else the newest of that name, or None."""
+    sql = f"{_BATCH} WHERE (id = :id OR name = :name) {_of('b', tenant)} ORDER BY id = :id DESC, created_at DESC LIMIT 1"
+    name = str(name_or_id).replace("\x00", "")
+    rows = await _rows(db, sql, id=uuid_or_none(name), name=name, tenant=tenant)
+    return BatchView(**rows[0]) if rows else None
+
+
+async def batches(db: AsyncEngine, tenant: str | None = None, limit: int = 100) -> list[BatchView]:
+    """Up to `limit` batches, newest first."""
+    sql = f"{_BATCH} WHERE true {_of('b', tenant)} ORDER BY created_at DESC, id DESC LIMIT :limit"
+    return [BatchView(**row) for row in await _rows(db, sql, tenant=tenant, limit=limit)]
+
+
+_RESULT = f"""
+SELECT j.id AS job_id, j.ordinal, j.custom_id, q.row, j.state, r.answer, j.error,
+       (SELECT {_COST} FROM provider_calls c WHERE c.job_id = j.id) AS cost_usd
+FROM jobs j LEFT JOIN results r ON r.job_id = j.id LEFT JOIN job_requests q ON q.job_id = j.id
+"""
+
+
+async def batch_results(db: AsyncEngine, batch_id: UUID, after_ordinal: int = 0, limit: int = 1000) -> list[ExportRow]:
+    """Up to `limit` rows of the batch behind that ordinal, in the order of its file, ended or not."""
+    where = "WHERE j.batch_id = :batch AND j.ordinal > :after ORDER BY j.ordinal LIMIT :limit"
+    return [_result(row) for row in await _rows(db, _RESULT + where, batch=batch_id, after=after_ordinal, limit=limit)]
+
+
+async def batch_endings(db: AsyncEngine, batch_id: UUID, ordinals: Sequence[int]) -> list[ExportRow]:
+    """Those of the rows that have ended."""
+    where = "WHERE j.batch_id = :batch AND j.ordinal = ANY(:ordinals) AND j.finished_at IS NOT NULL ORDER BY j.ordinal"
+    return [_result(row) for row in await _rows(db, _RESULT + where, batch=batch_id, ordinals=list(ordinals))]
+
+
+_COST_KEYS = {
+    CostKey.PROVIDER: "c.provider",
+    CostKey.MODEL: "c.model",
+    CostKey.BATCH: "b.name",
+    CostKey.DAY: "to_char(c.opened_at AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+}
+
+
+async def costs(db: AsyncEngine, by: CostKey, since: datetime, tenant: str | None = None) -> list[CostRow]:
+    """What calls opened since then cost, the dearest first (days: the newest first)."""
+    order = "1 DESC" if by is CostKey.DAY else "cost_usd DESC NULLS FIRST, 1"
+    sql = f"""
+    SELECT {_COST_KEYS[by]} AS key, count(*) AS calls, count(*) FILTER (WHERE c.billing = 'billed') AS billed,
+           {_UNKNOWN} AS unknown, coalesce(sum(c.input_tokens), 0) AS input_tokens,
+           coalesce(sum(c.output_tokens), 0) AS output_tokens, {_COST} AS cost_usd,
+           coalesce(1 - {_UNKNOWN}::float8 / nullif(count(*) FILTER (WHERE {_MAYBE_BILLED}), 0), 1) AS coverage
+    FROM provider_calls c JOIN jobs j ON j.id = c.job_id LEFT JOIN batches b ON b.id = j.batch_id
+    WHERE c.opened_at >= :since {_of("j", tenant)} GROUP BY 1 ORDER BY {order}
+    """
+    return [CostRow(**row) for row in await _rows(db, sql, since=since, tenant=tenant)]
+
+
+async def providers_today(db: AsyncEngine, since: datetime | None = None, tenant: str | None = None) -> list[ProviderDay]:
+    """The calls of each provider that was asked since then; None is the last UTC midnight."""
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    sql = f"""
+    SELECT c.provider, count(*) AS calls, count(*) FILTER (WHERE c.outcome = 'answered') AS answered,
+           count(*) FILTER (WHERE c.outcome NOT IN ('answered', 'cancelled')) AS failed,
+           percentile_disc(0.5) WITHIN GROUP (ORDER BY c.latency_ms) FILTER (WHERE c.outcome = 'answered') AS p50_ms,
+           percentile_disc(0.95) WITHIN GROUP (ORDER BY c.latency_ms) FILTER (WHERE c.outcome = 'answered') AS p95_ms,
+           {_UNKNOWN} AS unknown, {_COST} AS cost_usd
+    FROM provider_calls c JOIN jobs j ON j.id = c.job_id
+    WHERE c.opened_at >= :since {_of("j", tenant)} GROUP BY 1 ORDER BY 1
+    """
+    return [ProviderDay(**row) for row in await _rows(db, sql, since=since or midnight, tenant=tenant)]
+
+
+async def failover(db: AsyncEngine, batch_id: UUID) -> Failover:
+    """How fast the batch's jobs left a provider whose call had failed for the next one, by the workers' clocks."""
+    sql = """
+    SELECT count(*) AS switches, percentile_disc(0.5) WITHIN GROUP (ORDER BY gap_ms) AS p50_ms,
+           percentile_disc(0.95) WITHIN GROUP (ORDER BY gap_ms) AS p95_ms,
+           percentile_disc(0.99) WITHIN GROUP (ORDER BY gap_ms) AS p99_ms, max(gap_ms) AS max_ms
+    FROM (
+        SELECT extract(epoch FROM c.started_at - lag(c.ended_at) OVER steps)::float8 * 1000 AS gap_ms,
+               lag(c.outcome) OVER steps AS left_for, c.provider <> lag(c.provider) OVER steps AS switched
+        FROM provider_calls c JOIN jobs j ON j.id = c.job_id
+        WHERE j.batch_id = :batch AND c.started_at IS NOT NULL
+        WINDOW steps AS (PARTITION BY c.job_id, c.fence ORDER BY c.started_at, c.id)
+    ) s WHERE switched AND left_for NOT IN ('answered', 'cancelled')
+    """
+    return Failover(**(await _rows(db, sql, batch=batch_id))[0])
+
+
+async def workers(db: AsyncEngine) -> list[WorkerView]:
+    """Worker processes and what they hold, those seen last first; the long gone are not listed."""
+    sql = """
+    SELECT id, host, pid, lanes, slots, cardinality(waiting) AS waiting, state, started_at, seen_at,
+           (SELECT count(*) FROM jobs j WHERE j.worker_id = w.id AND j.state = 'running') AS running
+    FROM workers w WHERE state IN ('live', 'draining') OR seen_at > now() - interval '1 day' ORDER BY seen_at DESC
+    """
+    return [WorkerView(**row) for row in await _rows(db, sql)]
+
+
+_SPAN = re.compile(r"(\d{1,5})([mhdw])")
+
+
+def ago(span: str, now: datetime | None = None) -> datetime:
+    """The moment `span` ago: a number and m, h, d or w, as in "7d". Raises UsageError."""
+    match = _SPAN.fullmatch(span)
+    if match is None:
+        raise UsageError(f"since: {span[:40]!r} is not a span of time; write a number and m, h, d or w, as in 7d")
+    unit = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}[match[2]]
+    return (now or datetime.now(UTC)) - timedelta(**{unit: int(match[1])})
+
+
+def uuid_or_none(value: str) -> UUID | None:
+    """The id that `value` spells, or None."""
+    try:
+        return UUID(value)
+    except ValueError:
+        return None
+
+
+def _result(row: RowMapping) -> ExportRow:
+    answer = Answer.from_json(row["answer"]) if row["answer"] else None
+    return ExportRow(**{**row, "state": JobState(row["state"]), "answer": answer})
+
+
+def _job(row: RowMapping) -> JobView:
+    answer = Answer.from_json(row["answer"]) if row["answer"] else None
+    return JobView(**{**row, "state": JobState(row["state"]), "lane": Lane(row["lane"]), "answer": answer})
+
+
+def _of(table: str, tenant: str | None) -> str:
+    return "" if tenant is None else f"AND {table}.tenant = :tenant"
+
+
+async def _rows(db: AsyncEngine, sql: str, **values: Any) -> Sequence[RowMapping]:
+    async with db.connect() as connection:
+        return (await connection.execute(text(sql), values)).mappings().all()

@@ -1,0 +1,220 @@
+-- circuit.py in Redis: read that one for what the rules mean. KEYS[1] is the hash of one provider.
+-- `rules` is put in front of this text by breaker_store.py, from the Rules of circuit.py.
+-- ARGV[1] operation, ARGV[2] now in ms ('' for the server's clock; tests pass one), then
+--   admit   lease lease_ms
+--   report  jitter, then for each run of equal reports: count generation lease verdict slow block_ms isolate_ms reason
+--   force   open | closed | reset
+-- Answers {state, generation, retry_ms, permille, probe, opens}.
+local key, operation = KEYS[1], ARGV[1]
+local stored, changed = {}, {}
+local flat = redis.call('HGETALL', key)
+for i = 1, #flat, 2 do stored[flat[i]] = flat[i + 1] end
+
+local function number(field) return tonumber(stored[field]) or 0 end
+
+local function text(field) return stored[field] or '' end
+
+local function set(field, value)
+  if type(value) == 'number' then value = string.format('%.0f', value) end
+  if stored[field] ~= value then stored[field], changed[field] = value, value end
+end
+
+local function server_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+local now = tonumber(ARGV[2]) or server_ms()
+now = math.max(now, number('last'))
+-- Not from 0: after a lost memory no earlier report may match.
+if not stored.generation then set('generation', now) end
+if not stored.state then set('state', 'closed') end
+
+local function leased() return text('lease') ~= '' and number('lease_until') > now end
+
+local function because(cause, reason)
+  if reason == '' then return cause end
+  return cause .. ': ' .. reason
+end
+
+local function move(state, reason)
+  set('state', state)
+  set('generation', number('generation') + 1)
+  set('reason', reason)
+  set('lease', '')
+  for _, field in ipairs({'lease_until', 'passed', 'fails'}) do set(field, 0) end
+  for slot = 0, rules.buckets - 1 do
+    if stored['b' .. slot] then set('b' .. slot, '-1,0,0,0') end
+  end
+end
+
+local function wake()
+  if (stored.state == 'open' or stored.state == 'isolated') and now >= math.max(number('until'), number('blocked')) then
+    move('half_open', text('reason'))
+  end
+end
+
+local function open(reason, jitter)
+  if stored.state == 'closed' and now - number('closed_at') > rules.forget_ms then set('opens', 0) end
+  move('open', reason)
+  set('opens', number('opens') + 1)
+  local open_ms = math.min(rules.open_most_ms, rules.open_ms * 2 ^ math.min(number('opens') - 1, 20))
+  set('until', math.max(now + open_ms + math.floor(open_ms * jitter / 1000), number('blocked')))
+end
+
+local function isolate(report)
+  move('isolated', because('isolated', report.reason))
+  set('until', now + math.min(report.isolate_ms, rules.isolate_most_ms))
+end
+
+local function block(report)
+  if report.block_ms == 0 then return end
+  set('blocked', math.max(number('blocked'), now + math.min(report.block_ms, rules.block_most_ms)))
+  if stored.state == 'closed' then set('reason', because('it asked to wait', report.reason)) end
+end
+
+local function bucket(slot)
+  local period, successes, failures, slow = string.match(text('b' .. slot), '(%-?%d+),(%d+),(%d+),(%d+)')
+  return tonumber(period) or -1, tonumber(successes) or 0, tonumber(failures) or 0, tonumber(slow) or 0
+end
+
+local function count(report)
+  local this = math.floor(now / rules.bucket_ms)
+  local slot = this % rules.buckets
+  local period, successes, failures, slow = bucket(slot)
+  if period ~= this then successes, failures, slow = 0, 0, 0 end
+  if report.verdict == 'F' then
+    failures = failures + 1
+    set('fails', number('fails') + 1)
+  else
+    successes = successes + 1
+    set('fails', 0)
+  end
+  set('b' .. slot, string.format('%.0f,%d,%d,%d', this, successes, failures, slow + report.slow))
+end
+
+local function cause()
+  local total, failed, slowed = 0, 0, 0
+  local oldest = math.floor(now / rules.bucket_ms) - rules.buckets
+  for slot = 0, rules.buckets - 1 do
+    local period, successes, failures, slow = bucket(slot)
+    if period > oldest then
+      total, failed, slowed = total + successes + failures, failed + failures, slowed + slow
+    end
+  end
+  if number('fails') >= rules.fails_in_a_row then
+    return string.format('%d failures in a row', number('fails'))
+  elseif total >= rules.min_calls and failed * 100 >= rules.fail_percent * total then
+    return string.format('%d of %d calls failed', failed, total)
+  elseif total >= rules.min_calls and slowed * 100 >= rules.slow_percent * total then
+    return string.format('%d of %d calls were slow', slowed, total)
+  end
+end
+
+local function judge(report, jitter)
+  block(report)
+  if report.isolate_ms > 0 and stored.state == 'closed' then
+    isolate(report)
+  elseif report.verdict ~= 'X' then
+    count(report)
+    local tripped = cause()
+    if tripped and stored.state == 'closed' then open(because(tripped, report.reason), jitter) end
+  end
+end
+
+local function judge_probe(report, jitter)
+  set('lease', '')
+  set('lease_until', 0)
+  block(report)
+  if report.isolate_ms > 0 then
+    isolate(report)
+  elseif report.verdict == 'F' then
+    open(because('the probe failed', report.reason), jitter)
+  elseif report.verdict == 'S' then
+    set('passed', number('passed') + 1)
+    if number('passed') >= rules.good_probes then
+      move('closed', '')
+      set('closed_at', now)
+    end
+  end
+end
+
+local function hear(report, jitter)
+  if report.generation ~= number('generation') then return end
+  if stored.state == 'half_open' then
+    if report.lease ~= '' and report.lease == text('lease') then judge_probe(report, jitter) end
+  elseif stored.state == 'closed' or stored.state == 'forced_closed' then
+    judge(report, jitter)
+  end
+end
+
+local function force(word)
+  set('blocked', 0)
+  if word == 'open' then
+    move('forced_open', 'opened by an operator')
+  elseif word == 'closed' then
+    move('forced_closed', 'closed by an operator')
+  else
+    move('closed', '')
+    for _, field in ipairs({'until', 'opens', 'closed_at'}) do set(field, 0) end
+  end
+end
+
+local function look(probe)
+  local state, retry_ms, permille = stored.state, 0, 1000
+  if state == 'forced_open' then
+    retry_ms = rules.forced_wait_ms
+  elseif state == 'open' or state == 'isolated' then
+    retry_ms = math.max(0, number('until') - now, number('blocked') - now)
+  elseif number('blocked') > now then
+    retry_ms = number('blocked') - now
+  elseif state == 'half_open' and not probe and leased() then
+    retry_ms = math.min(number('lease_until') - now, rules.probe_wait_ms)
+  end
+  local closed_at, start = number('closed_at'), rules.ramp_from_permille
+  if state == 'closed' and closed_at > 0 and now < closed_at + rules.ramp_ms then
+    permille = start + math.floor((1000 - start) * (now - closed_at) / rules.ramp_ms)
+  end
+  return {state, number('generation'), retry_ms, permille, probe and 1 or 0, number('opens')}
+end
+
+local function save()
+  local pairs_to_set = {}
+  for field, value in pairs(changed) do
+    pairs_to_set[#pairs_to_set + 1] = field
+    pairs_to_set[#pairs_to_set + 1] = value
+  end
+  redis.call('HSET', key, unpack(pairs_to_set))
+  if stored.state == 'forced_open' or stored.state == 'forced_closed' then
+    redis.call('PERSIST', key)
+  else
+    redis.call('PEXPIRE', key, rules.ttl_ms)
+  end
+end
+
+local probe = false
+if operation == 'admit' then
+  wake()
+  probe = stored.state == 'half_open' and number('blocked') <= now and not leased()
+  if probe then
+    set('lease', ARGV[3])
+    set('lease_until', now + tonumber(ARGV[4]))
+  end
+elseif operation == 'report' then
+  set('last', now)
+  for i = 4, #ARGV, 8 do
+    local report = {
+      generation = tonumber(ARGV[i + 1]), lease = ARGV[i + 2], verdict = ARGV[i + 3], slow = tonumber(ARGV[i + 4]),
+      block_ms = tonumber(ARGV[i + 5]), isolate_ms = tonumber(ARGV[i + 6]), reason = ARGV[i + 7],
+    }
+    for _ = 1, tonumber(ARGV[i]) do hear(report, tonumber(ARGV[3])) end
+  end
+else
+  force(ARGV[3])
+end
+-- A clean admit writes nothing: it has no part in replication, in the append-only file, or in the clock.
+if next(changed) then
+  set('last', now)
+  save()
+end
+return look(probe)

@@ -1,0 +1,84 @@
+"""What happens to one request: drawn from (seed, provider, n), so that a run can be repeated."""
+
+from __future__ import annotations
+
+import math
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from statistics import NormalDist
+from typing import Any
+
+from worker.simulator.script import Fault, Latency, ProviderScript, changed
+
+_NORMAL = NormalDist()
+_P99 = _NORMAL.inv_cdf(0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The n-th request of a provider (from 1): `latency_s` passes, then `fault` happens; None is a good answer."""
+
+    n: int
+    fault: Fault | None
+    latency_s: float
+
+
+def draw(script: ProviderScript, seed: int, provider: str, n: int, *, nth: int, elapsed_s: float) -> Plan:
+    """The plan of request `n`; `nth` and `elapsed_s`, since start or the last change, are held against the windows."""
+    digest = blake2b(f"{seed}/{provider}/{n}".encode(), digest_size=12).digest()
+    in_outage, in_faults, in_latency = ((word + 0.5) / 2**32 for word in struct.unpack("<3I", digest))
+    latency_s = _latency_s(script.latency, in_latency)
+    for outage in script.outages:
+        if outage.covers(nth, elapsed_s) and in_outage < outage.rate:
+            return Plan(n, outage, latency_s)
+    edge = 0.0
+    for fault in script.faults:
+        edge += fault.rate
+        if in_faults < edge:
+            return Plan(n, fault, latency_s)
+    return Plan(n, None, latency_s)
+
+
+def _latency_s(latency: Latency, uniform: float) -> float:
+    if latency.median_ms is None or latency.p99_ms is None:
+        return (latency.ms or 0) / 1000
+    sigma = math.log(latency.p99_ms / latency.median_ms) / _P99
+    return latency.median_ms * math.exp(sigma * _NORMAL.inv_cdf(uniform)) / 1000
+
+
+@dataclass(slots=True)
+class Vendor:
+    """A provider on stage: its script as it stands now, and how many requests it has seen."""
+
+    name: str
+    script: ProviderScript
+    seed: int
+    requests: int = 0
+    _before_change: int = 0
+    _since: float = field(default_factory=time.monotonic)
+
+    def next(self) -> Plan:
+        self.requests += 1
+        nth = self.requests - self._before_change
+        return draw(self.script, self.seed, self.name, self.requests, nth=nth, elapsed_s=self.elapsed_s())
+
+    def change(self, changes: Mapping[str, Any]) -> None:
+        """These keys of the script hold from the next request on, windows are counted anew. Raises UsageError."""
+        self.script = changed(self.script, changes, self.name)
+        self._before_change, self._since = self.requests, time.monotonic()
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._since
+
+    def is_refusing(self) -> bool:
+        elapsed_s = self.elapsed_s()
+        return any(outage.kind == "refuse" and outage.covers(1, elapsed_s) for outage in self.script.outages)
+
+    def next_turn_s(self) -> float | None:
+        """Seconds until a `refuse` outage begins or ends; None: never."""
+        elapsed_s = self.elapsed_s()
+        edges = [edge for o in self.script.outages if o.kind == "refuse" for edge in (o.from_s, o.to_s) if edge is not None]
+        return min((edge - elapsed_s for edge in edges if edge > elapsed_s), default=None)

@@ -1,0 +1,68 @@
+"""The Celery tasks, and the bootstep that gives every worker process its loop. Thin: Celery ends here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import structlog
+from celery import Task, bootsteps
+from celery.signals import setup_logging, task_revoked
+
+from worker import events
+from worker.app import TASK, app
+from worker.dispatch import queue_name
+from worker.job import Lane
+from worker.loop import LoopThread
+from worker.settings import Settings
+from worker.wiring import WorkerProcess
+
+log = structlog.get_logger(__name__)
+_LANES = {queue_name(lane): lane for lane in Lane}
+
+
+class Process(bootsteps.StartStopStep):
+    """Starts after the pool and before the consumer, so it is there when the first message comes; drains before the pool stops."""
+
+    requires = ("celery.worker.components:Pool",)
+    loop: LoopThread
+    process: WorkerProcess
+
+    def start(self, parent: Any) -> None:
+        lanes = [_LANES[name] for name in parent.app.amqp.queues.consume_from if name in _LANES]
+        Process.loop = LoopThread()
+        Process.process = Process.loop.submit(WorkerProcess.open(Settings(), lanes)).result()
+
+    def stop(self, parent: Any) -> None:
+        Process.loop.submit(Process.process.drain()).result()
+        Process.loop.stop()
+
+
+app.steps["worker"].add(Process)
+
+
+@app.task(name=TASK, bind=True)
+def run_jobs(self: Task[Any, Any], job_ids: Sequence[str]) -> Mapping[str, int]:
+    """Attempts all jobs of the message once; Flower shows how many ended in which state."""
+    lane = _LANES[str((self.request.delivery_info or {}).get("routing_key"))]
+    pack = Process.process.attempts.run_pack(UUID(self.request.id), [UUID(job_id) for job_id in job_ids], lane)
+    return Process.loop.submit(pack).result()
+
+
+@app.task(name="backstop.tidy")
+def tidy() -> int:
+    """Beat's: rows of workers that ended long ago are gone."""
+    return Process.loop.submit(Process.process.tidy()).result()
+
+
+@task_revoked.connect
+def _revoked(request: Any = None, **_: Any) -> None:
+    """A revoke from Flower or `celery control` is a cancel: otherwise the ledger would publish the jobs again."""
+    if request is not None and request.name == TASK:
+        Process.loop.submit(Process.process.cancel_delivery(UUID(request.id))).result(10)
+
+
+@setup_logging.connect
+def _logging(**_: Any) -> None:
+    events.configure(Settings())

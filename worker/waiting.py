@@ -1,0 +1,140 @@
+"""Waiting for jobs to end, thousands at once: Redis says when, Postgres says whether.
+
+A settle announces what ended on one Redis channel; each process that waits has one subscription to it. An announcement
+may be lost, so every second the database is asked once for all jobs still waited for. No connection is held in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.grouping import Group
+
+CHANNEL = "backstop:ended"
+POLL_S = 1.0
+_RESUBSCRIBE_S = 1.0
+_IDLE_S = 30.0
+
+_ENDED = text("SELECT id FROM jobs WHERE id = ANY(:ids) AND finished_at IS NOT NULL")
+
+
+async def announce(redis: Redis, job_ids: Iterable[UUID]) -> None:
+    """Whoever waits for these jobs wakes; call it after the commit.
+
+    Raises nothing: with Redis down they wake up to a second later.
+    """
+    payload = " ".join(job_id.hex for job_id in job_ids)
+    if payload:
+        with suppress(RedisError, OSError):
+            await redis.publish(CHANNEL, payload)
+
+
+class _Wait:
+    def __init__(self, job_ids: Collection[UUID]) -> None:
+        self.pending = set(job_ids)
+        self.over = asyncio.Event()
+
+
+class Endings:
+    """One per process, entered on the event loop that waits. Redis down means polling only, never an error."""
+
+    def __init__(self, db: AsyncEngine, redis: Redis) -> None:
+        self._db = db
+        self._redis = redis
+        self._waits: defaultdict[UUID, set[_Wait]] = defaultdict(set)
+        self._waited_for = asyncio.Event()
+        self._first_looks: Group[Collection[UUID], set[UUID]] = Group(self._look)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._poll())]
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def wait(self, job_ids: Collection[UUID], timeout_s: float) -> set[UUID]:
+        """Returns as soon as all of them have ended, or after `timeout_s`: those that have not. Unknown ids never end.
+
+        The database is asked once in any case; what it raises then is raised here.
+        """
+        wait = _Wait(job_ids)
+        self._register(wait)  # before the first look, so that nothing ends unseen between the two
+        try:
+            self._ended(await self._first_looks.ask(frozenset(job_ids)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    if wait.pending:
+                        await wait.over.wait()
+        finally:
+            self._forget(wait)
+        return wait.pending
+
+    def _register(self, wait: _Wait) -> None:
+        for job_id in wait.pending:
+            self._waits[job_id].add(wait)
+        self._waited_for.set()
+
+    def _forget(self, wait: _Wait) -> None:
+        for job_id in wait.pending:
+            self._waits[job_id].discard(wait)
+            if not self._waits[job_id]:
+                del self._waits[job_id]
+        if not self._waits:
+            self._waited_for.clear()
+
+    def _ended(self, job_ids: Iterable[UUID]) -> None:
+        for job_id in job_ids:
+            for wait in self._waits.pop(job_id, ()):
+                wait.pending.discard(job_id)
+                if not wait.pending:
+                    wait.over.set()
+
+    async def _look(self, asked: Sequence[Collection[UUID]]) -> list[set[UUID]]:
+        ended = await self._ended_among({job_id for job_ids in asked for job_id in job_ids})
+        return [ended.intersection(job_ids) for job_ids in asked]
+
+    async def _ended_among(self, job_ids: Collection[UUID]) -> set[UUID]:
+        async with self._db.connect() as connection:
+            return set((await connection.execute(_ENDED, {"ids": list(job_ids)})).scalars())
+
+    async def _poll(self) -> None:
+        while True:
+            await self._waited_for.wait()
+            await asyncio.sleep(POLL_S)
+            with suppress(SQLAlchemyError, OSError):  # the next round asks again
+                self._ended(await self._ended_among(self._waits.keys()))
+
+    async def _listen(self) -> None:
+        while True:
+            with suppress(RedisError, OSError):
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                    await channel.subscribe(CHANNEL)
+                    while True:
+                        message = await channel.get_message(timeout=_IDLE_S)
+                        if message is not None:
+                            self._ended(_job_ids(message["data"]))
+            await asyncio.sleep(_RESUBSCRIBE_S)
+
+
+def _job_ids(payload: bytes | str) -> list[UUID]:
+    words = payload.split() if isinstance(payload, str) else payload.decode("ascii", "replace").split()
+    ids = []
+    for word in words:
+        with suppress(ValueError):
+            ids.append(UUID(hex=word))
+    return ids

@@ -1,0 +1,153 @@
+"""Builds what a process needs from its settings: the only place that knows how the parts fit together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from uuid import UUID
+
+import httpx
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from worker.app import publish
+from worker.attempt import Attempts
+from worker.chain import Chain, Station
+from worker.config import Config, load
+from worker.cost import Pricing
+from worker.database import engine
+from worker.dispatch import Publish
+from worker.embedded.attach import attached
+from worker.grouping import Group
+from worker.intervene import cancel
+from worker.job import Lane
+from worker.keeper import Keeper
+from worker.ledger import open_calls
+from worker.providers.http import client
+from worker.providers.openai import OpenAICompatible
+from worker.resilience.breaker import Breakers
+from worker.settings import Settings
+from worker.settlement import Released
+from worker.slots import Slots
+from worker.waiting import announce
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """What producers and readers need: API and CLI."""
+
+    db: AsyncEngine
+    redis: Redis
+    breakers: Breakers
+    publish: Publish
+
+
+def redis_client(url: str) -> Redis:
+    """A client that answers or fails fast, and never tries again by itself."""
+    return Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+
+
+@asynccontextmanager
+async def connections(settings: Settings) -> AsyncIterator[Connections]:
+    """Open for one event loop. Raises UsageError or Unreachable when the URLs are unusable; connects on first use."""
+    settings = attached(settings)
+    assert settings.database_url is not None
+    assert settings.redis_url is not None
+    db, redis = engine(settings.database_url), redis_client(settings.redis_url)
+    breakers = Breakers(redis_client(settings.redis_url))
+    try:
+        yield Connections(db, redis, breakers, publish)
+    finally:
+        await breakers.aclose()
+        await redis.aclose()
+        await db.dispose()
+
+
+def stations(config: Config, http: httpx.AsyncClient) -> dict[str, Station]:
+    """Every configured provider, ready to be asked. Raises UsageError naming the variable of a missing key."""
+    return {
+        name: Station(
+            provider=OpenAICompatible(name, provider, http, key=provider.key()),
+            config=provider,
+            pricing=Pricing.of(provider),
+        )
+        for name, provider in config.providers.items()
+    }
+
+
+class WorkerProcess:
+    """All that lives on the loop of one worker process."""
+
+    def __init__(self, settings: Settings, keeper: Keeper, attempts: Attempts, db: AsyncEngine, open_: AsyncExitStack) -> None:
+        self._settings = settings
+        self._keeper = keeper
+        self.attempts = attempts
+        self._db = db
+        self._open = open_
+        self._loops = [asyncio.create_task(keeper.beat(attempts)), asyncio.create_task(keeper.lead())]
+
+    @classmethod
+    async def open(cls, settings: Settings, lanes: Collection[Lane]) -> WorkerProcess:
+        """Registered in the ledger, its heart beating. Raises UsageError for a faulty configuration, DBAPIError without Postgres."""
+        settings = attached(settings)
+        config = load(settings.config)
+        open_ = AsyncExitStack()
+        shared = await open_.enter_async_context(connections(settings))
+        assert settings.database_url is not None
+        keeper_db = engine(settings.database_url, pooled=False)
+        open_.push_async_callback(keeper_db.dispose)
+        http = client(most_connections=settings.bulk_slots + settings.interactive_slots)
+        open_.push_async_callback(http.aclose)
+        keeper = Keeper(keeper_db, shared.redis, shared.publish, settings, lanes)
+        chain = Chain(
+            stations(config, http), shared.breakers, Group(partial(open_calls, shared.db)), keeper.may_call
+        )
+        attempts = Attempts(
+            shared.db,
+            config,
+            chain,
+            worker_id=lambda: keeper.worker_id,
+            seems_closed=shared.breakers.seems_closed,
+            announce=_announcer(shared.redis),
+            slots={Lane.BULK: Slots(settings.bulk_slots), Lane.INTERACTIVE: Slots(settings.interactive_slots)},
+        )
+        await keeper.register()
+        return cls(settings, keeper, attempts, shared.db, open_)
+
+    async def drain(self) -> None:
+        """No new claims; running calls had `drain_s` to finish, the others were released; then everything is closed."""
+        self.attempts.draining = True
+        tasks = [held.task for held in self.attempts.held.values() if held.task]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._settings.drain_s)
+        for held in list(self.attempts.held.values()):
+            held.stop(Released())
+        await asyncio.gather(*(held.task for held in self.attempts.held.values() if held.task), return_exceptions=True)
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        await self._keeper.retire()
+        await self._open.aclose()
+
+    async def cancel_delivery(self, delivery_id: UUID) -> None:
+        await cancel(self._db, delivery_id=delivery_id)
+
+    async def tidy(self) -> int:
+        async with self._db.connect() as connection:
+            return (await connection.execute(_TIDY)).rowcount
+
+
+def _announcer(redis: Redis) -> Callable[[Sequence[UUID]], Awaitable[None]]:
+    return partial(announce, redis)
+
+
+_TIDY = text("""
+DELETE FROM workers w WHERE w.state IN ('gone', 'dead') AND w.seen_at < now() - interval '1 day'
+    AND NOT EXISTS (SELECT FROM jobs j WHERE j.worker_id = w.id AND j.state = 'running')
+""")
