@@ -8,7 +8,6 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncEngine
-from worker.submit import NewJob, submit
 
 from api.auth import Signed
 from api.batches import known_batch
@@ -19,6 +18,7 @@ from worker import intervene, reads, waiting
 from worker.batchlines import chat_request
 from worker.errors import NotFound, UsageError
 from worker.job import JobState
+from worker.submit import NewJob, submit
 from worker.views import JobView
 
 MAX_WAIT_S = 60.0

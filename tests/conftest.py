@@ -30,20 +30,21 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoints]:
 
 
 @pytest.fixture(scope="session")
-def _migrated(servers: Endpoints) -> Endpoints:
-    """There is a template database with the newest schema."""
-    _administer(servers, f"CREATE DATABASE {_TEMPLATE}")
-    asyncio.run(database.upgrade(_named(servers, _TEMPLATE)))
-    return servers
+def _administrator(servers: Endpoints) -> Iterator[psycopg.Connection]:
+    """A connection that makes databases; the template with the newest schema is there."""
+    with psycopg.connect(servers.database_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {_TEMPLATE}".encode())
+        asyncio.run(database.upgrade(_named(servers, _TEMPLATE)))
+        yield connection
 
 
 @pytest.fixture
-def database_url(_migrated: Endpoints) -> Iterator[str]:
+def database_url(servers: Endpoints, _administrator: psycopg.Connection) -> Iterator[str]:
     """A database of this test's own, with the newest schema and no rows beyond those of the migrations."""
     name = f"test_{next(_numbers)}"
-    _administer(_migrated, f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
-    yield _named(_migrated, name)
-    _administer(_migrated, f"DROP DATABASE {name} WITH (FORCE)")
+    _administrator.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}".encode())
+    yield _named(servers, name)
+    _administrator.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 @pytest.fixture
@@ -53,11 +54,6 @@ def redis_url(servers: Endpoints) -> str:
         client.flushall()
         client.config_resetstat()
     return servers.redis_url
-
-
-def _administer(servers: Endpoints, statement: str) -> None:
-    with psycopg.connect(servers.database_url, autocommit=True) as connection:
-        connection.execute(statement.encode())
 
 
 def _named(servers: Endpoints, name: str) -> str:

@@ -122,5 +122,5 @@ def test_prices_by_the_hour_are_those_in_force_now():
 
 
 def test_a_model_whose_output_has_no_listed_price_is_unknown():
-    assert listed("text-embedding-3-small").source is not None
-    assert listed("text-embedding-3-small").cost(Usage(10, 10)) is None
+    assert listed("@cf/baai/bge-m3").source is not None
+    assert listed("@cf/baai/bge-m3").cost(Usage(10, 10)) is None

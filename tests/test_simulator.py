@@ -92,7 +92,8 @@ def test_a_healthy_provider_answers_as_openai_does_and_bills_the_tokens_it_repor
             200,
         )
         assert line.written
-        assert line.cost == (usage["prompt_tokens"] * Decimal("0.28") + usage["completion_tokens"] * Decimal("0.42")) / 10**6
+        price = Decimal("0.28") * usage["prompt_tokens"] + Decimal("0.42") * usage["completion_tokens"]
+        assert line.cost == price / 10**6
 
     with_simulator(script(model="sim-9", price={"input": "0.28", "output": "0.42"}), use)
 
@@ -141,7 +142,8 @@ def test_a_reset_is_a_tcp_reset_before_any_byte() -> None:
     async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
         reader, writer = await asyncio.open_connection(sim.host, sim.port)
         body = json.dumps(ASK).encode()
-        writer.write(b"POST /one/v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.write(b"POST /one/v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         with pytest.raises(ConnectionResetError):
             await reader.read()
         writer.close()
@@ -392,6 +394,17 @@ def test_a_line_is_on_the_file_before_the_fault_happens(tmp_path: Path) -> None:
     with_simulator(always("hang"), use, bill_file=file, fsync=True)
 
 
+def test_with_fsync_every_line_is_synced_and_without_it_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    price = ProviderScript().price
+    for fsync in (True, False):
+        bill = Bill(tmp_path / "bill.jsonl", fsync=fsync)
+        bill.close(bill.open("one", price, None, ""), "answered", 200, (1, 2), written=True)
+        bill.end()
+    assert len(synced) == 2
+
+
 def test_a_price_changed_live_does_not_touch_older_lines() -> None:
     bill = Bill()
     dear, cheap = (ProviderScript.model_validate({"price": {"input": p, "output": p}}).price for p in ("1000", "1"))
@@ -401,7 +414,16 @@ def test_a_price_changed_live_does_not_touch_older_lines() -> None:
     assert bill.to_json()["providers"]["one"]["usd"] == "0.006003"
 
 
-@pytest.mark.parametrize("body", [{"messages": []}, {"messages": ["hi"]}, [], {**ASK, "stream": True}])
+NO_CHAT: list[Any] = [
+    {"messages": []},
+    {"messages": ["hi"]},
+    [],
+    {**ASK, "stream": True},
+    {**ASK, "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}},
+]
+
+
+@pytest.mark.parametrize("body", NO_CHAT)
 def test_what_is_no_chat_request_is_a_400_on_the_bill(body: Any) -> None:
     async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
         status, _, text = await ask(sim, client, body)
@@ -477,6 +499,24 @@ def test_a_recursive_schema_ends() -> None:
     }
     schema = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
     Draft202012Validator(schema).validate(fit(schema, ticket="x", sentence="y", seed=1))
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"properties": {"next": {"$ref": "#"}}, "required": []},
+        {"properties": {"next": {"anyOf": [{"$ref": "#"}] * 6 + [{"type": "string"}]}}, "required": ["next"]},
+    ],
+)
+def test_a_schema_that_may_go_on_for_ever_stops_where_it_may(further: dict[str, Any]) -> None:
+    schema = {"type": "object", "additionalProperties": False, **further}
+    for seed in range(100):
+        Draft202012Validator(schema).validate(fit(schema, ticket="x", sentence="y", seed=seed))
+
+
+def test_exclusive_bounds_are_never_reached() -> None:
+    schema = {"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 4}
+    assert {fit(schema, ticket="x", sentence="", seed=seed) for seed in range(100)} == {2, 3}
 
 
 def numbers(kind: str) -> st.SearchStrategy[dict[str, Any]]:
@@ -595,6 +635,15 @@ def test_a_port_in_use_is_named() -> None:
             await Simulator(script(), port=sim.port).__aenter__()
 
     with_simulator(script(), use)
+
+
+def test_a_port_of_its_own_in_use_is_named() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        port = int(sim.base_url("one").split(":")[2].split("/")[0])
+        with pytest.raises(UsageError, match=f"port {port} on 127.0.0.1 is in use"):
+            await Simulator(script(port=port)).__aenter__()
+
+    with_simulator(script(port=0), use)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,7 +21,8 @@ NOWHERE = "redis://127.0.0.1:1/0"
 async def queued_jobs(db: AsyncEngine, count: int = 1) -> list[UUID]:
     ids = [new_id() for _ in range(count)]
     sql = """INSERT INTO jobs (id, chain, lane, state, deadline_at)
-             SELECT id, 'default', 'interactive', 'queued', now() + interval '1 hour' FROM unnest(CAST(:ids AS uuid[])) AS t(id)"""
+             SELECT id, 'default', 'interactive', 'queued', now() + interval '1 hour'
+             FROM unnest(CAST(:ids AS uuid[])) AS t(id)"""
     await execute(db, sql, ids=ids)
     return ids
 
@@ -48,7 +49,7 @@ async def opened(database_url: str, redis_url: str) -> AsyncIterator[tuple[Async
 
 async def until(condition: Callable[[], Awaitable[object]]) -> None:
     async with asyncio.timeout(LONG_S):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - what is awaited is in a server
             await asyncio.sleep(0.005)
 
 
@@ -164,8 +165,8 @@ def test_the_poll_outlives_a_database_that_goes_away_and_comes_back(database_url
             wait = asyncio.create_task(endings.wait([job_id], LONG_S))
             await until(registered(endings))
             await db.dispose()
-            kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            await execute(db, kill)
+            others = "datname = current_database() AND pid <> pg_backend_pid()"
+            await execute(db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
             await end(db, job_id)
             assert await asyncio.wait_for(wait, LONG_S / 2) == set()
 

@@ -9,17 +9,21 @@ from dataclasses import dataclass, replace
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker.calls import Call
 from worker.chain import Chain, Exhausted, Outcome, Walk
 from worker.config import Config
+from worker.cost import Usage
 from worker.dispatch import withdraw
+from worker.events import origin
 from worker.grouping import Group
 from worker.job import JobState, Lane
 from worker.ledger import Claim, Settlement, claim, settle
 from worker.route import first_calls, route
 from worker.settlement import Cancelled, Released, decide
+from worker.signals import Billing
 from worker.slots import Slots
 
 log = structlog.get_logger(__name__)
@@ -29,18 +33,19 @@ SETTLE_AGAIN_S = 0.5  # between tries while Postgres is away
 
 @dataclass(slots=True)
 class Held:
-    """A claim in the hands of this process, and how to stop it. Once it settles, it is stopped no more."""
+    """A claim in the hands of this process, and how to stop it. Once its chain has ended, it is stopped no more."""
 
     claim: Claim
     task: asyncio.Task[JobState] | None = None
     stopped: Cancelled | Released | None = None
-    settling: bool = False
+    walking: bool = False
 
     def stop(self, why: Cancelled | Released) -> None:
-        if self.settling or self.stopped or self.task is None:
+        if self.stopped:
             return
         self.stopped = why
-        self.task.cancel()
+        if self.walking and self.task:
+            self.task.cancel()
 
 
 class Attempts:
@@ -69,6 +74,7 @@ class Attempts:
         self.waiting: set[UUID] = set()  # deliveries that wait for slots
         self.draining = False
         self._claiming: set[UUID] = set()
+        self._packs: set[asyncio.Task[Mapping[str, int]]] = set()
 
     def holds(self, job_id: UUID) -> bool:
         """Whether this process runs the job, or has asked for it and waits for the reply."""
@@ -76,59 +82,83 @@ class Attempts:
 
     async def run_pack(self, delivery_id: UUID, job_ids: Sequence[UUID], lane: Lane) -> Mapping[str, int]:
         """All jobs of one Celery message that were still to be had have been attempted once; how many ended in which state."""
-        slots = self._slots[lane]
+        pack = asyncio.create_task(self._run_pack(delivery_id, job_ids, self._slots[lane]))
+        self._packs.add(pack)
+        pack.add_done_callback(self._packs.discard)
+        return await pack
+
+    async def drain(self, grace_s: float) -> None:
+        """Nothing is claimed any more, and nothing runs: what did had `grace_s` seconds to end, then it was released."""
+        self.draining = True
+        if self._packs:
+            await asyncio.wait(self._packs, timeout=grace_s)
+        for held in self.held.values():
+            held.stop(Released())
+        while self._packs:
+            await asyncio.wait(self._packs)
+
+    async def _run_pack(self, delivery_id: UUID, job_ids: Sequence[UUID], slots: Slots) -> Mapping[str, int]:
         self.waiting.add(delivery_id)
         try:
             await slots.take(len(job_ids))
         finally:
             self.waiting.discard(delivery_id)
-        if self.draining:
-            slots.give_back(len(job_ids))
-            await withdraw(self._db, [delivery_id])
-            return {}
-        claims = await self._claim(job_ids)
-        slots.give_back(len(job_ids) - len(claims))
-        states = await asyncio.gather(*(self._start(claimed, slots) for claimed in claims))
+        claims: list[Claim] = []
+        try:
+            if self.draining:
+                await withdraw(self._db, [delivery_id])
+                return {}
+            claims = await self._claim(job_ids)
+        finally:
+            slots.give_back(len(job_ids) - len(claims))
+        helds = [self._start(claimed, slots) for claimed in claims]
+        if self.draining:  # since it was claimed
+            for held in helds:
+                held.stop(Released())
+        states = await asyncio.gather(*(held.task for held in helds if held.task))
         return Counter(str(state) for state in states)
 
     async def _claim(self, job_ids: Sequence[UUID]) -> list[Claim]:
         self._claiming.update(job_ids)
         try:
             return await claim(self._db, job_ids, self._worker_id(), first_calls(self._config, self._seems_closed))
-        except DBAPIError as error:
-            log.warning("claim_failed", jobs=len(job_ids), error=type(error.orig).__name__)
+        except SQLAlchemyError as error:
+            log.warning("claim_failed", jobs=len(job_ids), error=_kind(error))
             return []  # the leader publishes them again
         finally:
             self._claiming.difference_update(job_ids)
 
-    def _start(self, claimed: Claim, slots: Slots) -> asyncio.Task[JobState]:
+    def _start(self, claimed: Claim, slots: Slots) -> Held:
         held = self.held[claimed.job_id] = Held(claimed)
         held.task = asyncio.create_task(self._run(held))
         held.task.add_done_callback(lambda _: slots.give_back())
-        return held.task
+        return held
 
     async def _run(self, held: Held) -> JobState:
         walk = Walk(held.claim)
         try:
             outcome = await self._answer(held, walk)
-            settlement = decide(outcome, walk)
-            held.settling = True
-            return await self._settled(settlement)
+            return await self._settled(decide(outcome, walk))
         finally:
             if self.held.get(held.claim.job_id) is held:
                 del self.held[held.claim.job_id]
 
     async def _answer(self, held: Held, walk: Walk) -> Outcome | Cancelled | Released:
+        if held.stopped:
+            return held.stopped
+        held.walking = True
         try:
             return await self._chain.answer(walk, route(self._config, held.claim.chain))
         except asyncio.CancelledError:
             if held.stopped is None:
                 raise
-            return held.stopped
+            return walk.paid() or held.stopped
         except Exception as error:
             # A fault of ours must not take the job along: it is attempted again, and the log says where to look.
-            log.exception("attempt_broke", job_id=str(held.claim.job_id), error=type(error).__name__)
-            return Exhausted()
+            log.error("attempt_broke", job_id=str(held.claim.job_id), error=type(error).__name__, origin=origin(error))
+            return walk.paid() or Exhausted()
+        finally:
+            held.walking = False
 
     async def _settled(self, settlement: Settlement) -> JobState:
         if not await self._settle.ask(settlement):
@@ -144,19 +174,38 @@ class Attempts:
         while True:
             try:
                 return await settle(self._db, settlements, again=again)
-            except (DataError, IntegrityError, ProgrammingError) as error:
-                if len(settlements) > 1:
+            except Exception as error:
+                if _will_pass(error):
+                    again = True
+                    log.warning("settle_waits", jobs=len(settlements), error=_kind(error))
+                elif len(settlements) > 1:
                     return [held for one in settlements for held in await self._settle_surely([one])]
-                log.error("settle_impossible", job_id=str(settlements[0].job_id), error=type(error.orig).__name__)
-                settlements = [_unstorable(settlements[0])]
-            except DBAPIError as error:
-                again = True
-                log.warning("settle_waits", jobs=len(settlements), error=type(error.orig).__name__)
+                else:
+                    log.error("settle_impossible", job_id=str(settlements[0].job_id), error=_kind(error), origin=origin(error))
+                    settlements = [_lesser(settlements[0])]
             await asyncio.sleep(SETTLE_AGAIN_S)
 
 
-def _unstorable(settlement: Settlement) -> Settlement:
-    """The same without the answer that Postgres would not take, so that the job ends and its calls are booked."""
+def _will_pass(error: Exception) -> bool:
+    """Whether Postgres is away or out of sorts; otherwise it will never take what it was given."""
+    if isinstance(error, DataError | IntegrityError | ProgrammingError):
+        return False
+    too_complex = str(getattr(getattr(error, "orig", None), "sqlstate", None)).startswith("54")
+    return isinstance(error, SQLAlchemyError) and not too_complex
+
+
+def _kind(error: Exception) -> str:
+    return type(getattr(error, "orig", error)).__name__
+
+
+def _unknown(call: Call) -> Call:
+    return replace(call, usage=Usage(), billing=Billing.UNKNOWN, cost_usd=None, error_code=None, answer=None)
+
+
+def _lesser(settlement: Settlement) -> Settlement:
+    """The same without the answer, so that the job ends and its calls are booked; failing that, without their figures."""
+    if settlement.answer is None:
+        return replace(settlement, calls=tuple(_unknown(call) for call in settlement.calls))
     return replace(
         settlement,
         state=JobState.FAILED,

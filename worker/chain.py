@@ -2,8 +2,9 @@
 
     for provider in chain: breaker( retry( call ))
 
-The breaker is outermost: it is asked once a step and told once how the step ended, so a call that was retried and then answered counts
-as a success. Inside it stands the only retry loop of the system. What a reply means is `signals.POLICIES`, nothing else.
+The breaker is outermost: it is asked once a step and told once how the step ended, so a call that was retried and
+then answered counts as a success. Inside it stands the only retry loop of the system. What a reply means is
+`signals.POLICIES`, nothing else.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from worker.calls import Call, Stopwatch
 from worker.config import ChainConfig, ProviderConfig
 from worker.cost import Pricing
+from worker.events import origin
 from worker.grouping import Group
 from worker.job import Answer, new_id
 from worker.ledger import Claim, NewCall
@@ -28,16 +31,21 @@ from worker.providers.provider import Provider, Reply
 from worker.resilience.backoff import delay_s
 from worker.resilience.breaker import Admission, Breakers
 from worker.signals import POLICIES, Next, Signal, Verdict
-from worker.validation import fits
+from worker.validation import fits, usable
 
 FAILOVER_S = 0.5  # a failing provider may cost a job so much before the next one is asked
 RESERVE_S = 2.0  # kept for each provider that has not been asked yet
 RETRY_BASE_S = 0.1
-RETRY_CAP_S = 8.0
+RETRY_CAP_S = 8.0  # a longer wait is the breaker's business: it would hold a slot
 LEAST_CALL_S = 0.05  # with less time left no request is sent
 
 # Outcomes of an interrupted attempt that say nothing about the provider: it may be asked again.
 _INTERRUPTED = frozenset({Signal.ORPHANED, Signal.CANCELLED, Signal.OUT_OF_TIME})
+# Outcomes that end the job, whoever else might be asked.
+_FINAL = frozenset(s for s, policy in POLICIES.items() if policy.next is Next.STOP) - _INTERRUPTED - {Signal.ANSWERED}
+
+Value = TypeVar("Value")
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +69,20 @@ class Walk:
     claim: Claim
     calls: list[Call] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
-    opened_id: UUID | None = None  # a call row whose request has not left
+    unsent: list[UUID] = field(default_factory=list)  # call rows whose requests have not left
     ends_at_s: float = 0
 
     def __post_init__(self) -> None:
-        self.opened_id = self.claim.opened_id
+        if self.claim.opened_id is not None:
+            self.unsent.append(self.claim.opened_id)
         self.ends_at_s = time.monotonic() + self.claim.remaining_s
 
     def remaining_s(self) -> float:
         return self.ends_at_s - time.monotonic()
 
-    @property
-    def unsent(self) -> tuple[UUID, ...]:
-        return (self.opened_id,) if self.opened_id else ()
+    def paid(self) -> Answered | None:
+        """The answer that is in hand although the walk was cut short before it could say so."""
+        return next((Answered(call.answer) for call in self.calls if call.answer is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ class Station:
 
 
 class Chain:
-    """Asks providers in order. `may_call` says whether this worker may still send requests for a claim (heartbeat fresh, not dead)."""
+    """Asks providers in order. `may_call` says whether this worker may still send requests (heartbeat fresh, not dead)."""
 
     def __init__(
         self,
@@ -140,6 +149,12 @@ class Chain:
         for asked in walk.claim.asked:
             if asked.answer is not None:
                 return Answered(asked.answer)
+        for asked in walk.claim.asked:
+            if asked.outcome in _FINAL:
+                walk.reasons.append(Reason(asked.provider, asked.outcome))
+                return Refused(Signal(asked.outcome))
+        if not usable(walk.claim.request):
+            return Refused(Signal.INVALID_REQUEST)
         stations = list(self._untried(walk, route))
         for position, station in enumerate(stations):
             if walk.remaining_s() <= LEAST_CALL_S:
@@ -150,13 +165,13 @@ class Chain:
                 continue
             try:
                 reply = await self._step(walk, station, untried=len(stations) - position - 1)
-            except DBAPIError:
+            except SQLAlchemyError:
                 return Parked(1)  # a call that cannot be put on the books is not made
             if reply is None:
                 continue
             if reply.signal is Signal.ANSWERED and reply.answer is not None:
                 return Answered(reply.answer)
-            if POLICIES[reply.signal].next is Next.STOP:
+            if reply.signal in _FINAL:
                 return Refused(reply.signal)
         return _unanswered(walk)
 
@@ -170,45 +185,61 @@ class Chain:
 
     async def _step(self, walk: Walk, station: Station, *, untried: int) -> Reply | None:
         name = station.provider.name
-        timeout_s = _timeout_s(walk, station, untried)
-        admission = await self._breakers.admit(name, lease_s=timeout_s + 5)
+        admission = await self._breakers.admit(name, lease_s=_timeout_s(walk, station, untried) + 5)
         if not admission.allowed:
             walk.reasons.append(Reason(name, admission.state.value, retry_after_s=round(admission.retry_after_s, 3)))
             return None
         try:
-            reply = await self._ask(walk, station, admission, timeout_s=timeout_s, last=untried == 0)
+            reply = await self._ask(walk, station, admission, untried)
         except BaseException:
             await self._breakers.report(name, admission, Verdict.NEUTRAL)
             raise
+        if reply is None:
+            await self._breakers.report(name, admission, Verdict.NEUTRAL)
+            walk.reasons.append(Reason(name, "not_sent"))
+            return None
         await self._report(name, admission, reply)
         if reply.signal is not Signal.ANSWERED:
-            walk.reasons.append(
-                Reason(name, reply.signal.value, reply.http_status, reply.error_code, reply.retry_after_s)
-            )
+            walk.reasons.append(Reason(name, reply.signal.value, reply.http_status, reply.error_code, reply.retry_after_s))
         return reply
 
-    async def _ask(self, walk: Walk, station: Station, admission: Admission, *, timeout_s: float, last: bool) -> Reply:
+    async def _ask(self, walk: Walk, station: Station, admission: Admission, untried: int) -> Reply | None:
         began_s = time.monotonic()
-        reply = await self._call(walk, station, timeout_s)
+        reply = await self._call(walk, station, untried)
         retries = 0 if admission.probe else station.config.max_retries
         for retry in range(1, retries + 1):
-            if not POLICIES[reply.signal].retry:
+            if reply is None or not POLICIES[reply.signal].retry:
                 break
             took_s = time.monotonic() - began_s
             wait_s = max(delay_s(retry, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng), reply.retry_after_s or 0)
-            if wait_s >= walk.remaining_s() or (not last and took_s + wait_s + took_s / retry > FAILOVER_S):
+            if untried and took_s + wait_s + took_s / retry > FAILOVER_S:
                 break  # the next provider is nearer than this one's recovery
+            if wait_s > min(RETRY_CAP_S, walk.remaining_s() - LEAST_CALL_S):
+                break
             await asyncio.sleep(wait_s)
-            reply = await self._call(walk, station, min(timeout_s, walk.remaining_s()))
+            again = await self._call(walk, station, untried)
+            if again is None:
+                break
+            reply = again
         return reply
 
-    async def _call(self, walk: Walk, station: Station, timeout_s: float) -> Reply:
-        watch = Stopwatch(await self._opened(walk, station), station.provider.name, station.provider.model)
+    async def _call(self, walk: Walk, station: Station, untried: int) -> Reply | None:
+        """One request and its reply, booked; None when it may not be sent any more once it stands on the books."""
+        provider = station.provider
+        call_id = await self._opened(walk, station)
+        if walk.remaining_s() <= LEAST_CALL_S or not self._may_call():
+            return None
+        timeout_s = _timeout_s(walk, station, untried)
+        walk.unsent.remove(call_id)
+        watch = Stopwatch(call_id, provider.name, provider.model)
         try:
-            reply = await station.provider.complete(walk.claim.request, timeout_s=timeout_s, call_id=str(watch.call_id))
-        except BaseException:
+            reply = await provider.complete(walk.claim.request, timeout_s=timeout_s, call_id=str(call_id))
+        except asyncio.CancelledError:
             walk.calls.append(watch.book(Reply(signal=Signal.CANCELLED), station.pricing))
             raise
+        except Exception as error:  # a fault of ours, met with one provider: the others may still answer
+            log.error("provider_broke", provider=provider.name, error=type(error).__name__, origin=origin(error))
+            reply = Reply(signal=Signal.DROPPED, error_code="provider_broke")
         if reply.signal is Signal.TIMED_OUT and timeout_s < station.config.timeout_s:
             reply = replace(reply, signal=Signal.OUT_OF_TIME)
         if reply.answer is not None and not fits(walk.claim.request, reply.answer):
@@ -218,18 +249,12 @@ class Chain:
 
     async def _opened(self, walk: Walk, station: Station) -> UUID:
         """The row of the call about to be made, on the books before its request leaves."""
-        claim = walk.claim
-        if walk.opened_id is not None and claim.opened_provider == station.provider.name:
-            call_id, walk.opened_id = walk.opened_id, None
-            return call_id
-        call = NewCall(
-            id=new_id(),
-            job_id=claim.job_id,
-            fence=claim.fence,
-            provider=station.provider.name,
-            model=station.provider.model,
-        )
-        await self._open_call.ask(call)
+        claim, provider = walk.claim, station.provider
+        if claim.opened_id in walk.unsent and claim.opened_provider == provider.name:
+            return claim.opened_id
+        call = NewCall(id=new_id(), job_id=claim.job_id, fence=claim.fence, provider=provider.name, model=provider.model)
+        walk.unsent.append(call.id)
+        await _to_its_end(self._open_call.ask(call))
         return call.id
 
     async def _report(self, name: str, admission: Admission, reply: Reply) -> None:
@@ -243,6 +268,16 @@ class Chain:
             isolate_s=policy.isolate_s or 0,
             reason=reply.error_code or reply.signal.value,
         )
+
+
+async def _to_its_end(work: Awaitable[Value]) -> Value:
+    """What `work` returns. Cancelled meanwhile, it is waited for all the same: the row must not come after its removal."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _timeout_s(walk: Walk, station: Station, untried: int) -> float:

@@ -127,8 +127,10 @@ class Config(_Section):
         """
         if name in self.chains:
             return self.chains[name]
+        if name in self.providers:
+            return ChainConfig(providers=(name,))
         for provider, config in self.providers.items():
-            if name in (provider, config.model):
+            if name == config.model:
                 return ChainConfig(providers=(provider,))
         known = [*self.chains, *self.providers]
         raise UsageError(f"no chain or provider {name!r}{_hint(name, known)}; there are: {', '.join(known)}")

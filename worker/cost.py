@@ -70,9 +70,7 @@ class Pricing:
             return None
         cached = min(usage.cached_tokens or 0, usage.input_tokens)
         cached_rate = rates.input if rates.cached is None else rates.cached
-        per_million = (
-            (usage.input_tokens - cached) * rates.input + cached * cached_rate + usage.output_tokens * rates.output
-        )
+        per_million = (usage.input_tokens - cached) * rates.input + cached * cached_rate + usage.output_tokens * rates.output
         return per_million.scaleb(-6).quantize(_QUANTUM)
 
 
@@ -94,9 +92,7 @@ def _listed(base_url: str, model: str) -> Pricing:
 def _rates_now(model: Any, input_tokens: int) -> Rates | None:
     """Rates of a genai-prices model. It names none (per image, per second): None."""
     prices = model.get_prices(datetime.now(UTC))
-    rates = [
-        _tier(getattr(prices, name, None), input_tokens) for name in ("input_mtok", "output_mtok", "cache_read_mtok")
-    ]
+    rates = [_tier(getattr(prices, name, None), input_tokens) for name in ("input_mtok", "output_mtok", "cache_read_mtok")]
     if rates[0] is None or rates[1] is None:
         return None
     return Rates(rates[0], rates[1], rates[2])

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -43,9 +42,9 @@ async def examine(settings: Settings) -> list[Finding]:
     running = await asyncio.to_thread(servers.found, settings.data)
     findings = [_python(), _data(settings.data)]
     if not settings.database_url:
-        findings.append(_wheel("embedded Postgres", postgres.installed))
+        findings.append(_wheel("embedded Postgres", postgres.installed, "DATABASE_URL"))
     if not settings.redis_url:
-        findings.append(_wheel("embedded Valkey", valkey.binary))
+        findings.append(_wheel("embedded Valkey", valkey.binary, "REDIS_URL"))
     findings += await _postgres(settings.database_url, running.database_url)
     findings += await _redis(settings.redis_url, running.redis_url)
     return [*findings, *_config(settings.config)]
@@ -71,21 +70,22 @@ def _data(data: Path) -> Finding:
     return Finding(name, free >= _FREE_BYTES, detail, "" if free >= _FREE_BYTES else "make room, or set BACKSTOP_DATA")
 
 
-def _wheel(name: str, find: Callable[[], Path]) -> Finding:
+def _wheel(name: str, find: Callable[[], Path], setting: str) -> Finding:
     try:
         return Finding(name, True, f"installed in {find().parent}")
     except BackstopError as error:
-        return _wrong(name, error)
+        return Finding(name, False, str(error), f"pip install 'backstop[local]', or set {setting}")
 
 
 async def _postgres(given: str | None, embedded: str) -> list[Finding]:
-    url = given or embedded
+    url, remedy = given or embedded, "check DATABASE_URL and that the server runs"
     if not url:
         return [Finding("Postgres", True, "embedded, not running: it is started when it is needed")]
     try:
         engine = database.engine(url)
     except BackstopError as error:
-        return [_wrong("Postgres", error)]
+        return [Finding("Postgres", False, str(error), "set it to postgresql://user:password@host:5432/name")]
+    place = _place(given, engine.url.host, engine.url.port)
     try:
         async with engine.connect() as connection:
             asked_at = time.time()
@@ -93,14 +93,16 @@ async def _postgres(given: str | None, embedded: str) -> list[Finding]:
             ahead_s = now.timestamp() - (asked_at + time.time()) / 2
         pending = await database.pending(url)
     except DBAPIError as error:
-        return [_wrong("Postgres", database.unreachable(error))]
+        return [Finding("Postgres", False, f"{place}: {database.unreachable(error)}", remedy)]
     except BackstopError as error:
-        return [_wrong("Postgres", error)]
+        return [Finding("Postgres", False, f"{place}: {error}", remedy)]
     finally:
         await engine.dispose()
-    answers = f"{_source(given, url)} answers: {version.split(' on ')[0]}"
-    schema = Finding("schema", pending is None, pending or "up to date", "run `backstop db upgrade`" if pending else "")
-    return [Finding("Postgres", True, answers), schema, _clock("Postgres", ahead_s)]
+    return [
+        Finding("Postgres", True, f"{place} answers: {version.split(' on ')[0]}"),
+        Finding("schema", pending is None, pending or "up to date", "run `backstop db upgrade`" if pending else ""),
+        _clock("Postgres", ahead_s),
+    ]
 
 
 async def _redis(given: str | None, embedded: str) -> list[Finding]:
@@ -112,6 +114,8 @@ async def _redis(given: str | None, embedded: str) -> list[Finding]:
     except ValueError:
         detail = "REDIS_URL is not a URL that Redis clients understand"
         return [Finding("Redis", False, detail, "set it to redis://:password@host:6379/0")]
+    target = client.connection_pool.connection_kwargs
+    place = _place(given, target.get("host"), target.get("port"))
     try:
         async with client:
             asked_at = time.time()
@@ -119,10 +123,10 @@ async def _redis(given: str | None, embedded: str) -> list[Finding]:
             ahead_s = seconds + microseconds / 1e6 - (asked_at + time.time()) / 2
             about = await client.info()
     except (RedisError, OSError) as error:
-        detail = f"{_source(given, url)} does not answer: {type(error).__name__}"
+        detail = f"{place} does not answer: {type(error).__name__}"
         return [Finding("Redis", False, detail, "check REDIS_URL and that the server runs")]
     return [
-        Finding("Redis", True, f"{_source(given, url)} answers: {_redis_version(about)}"),
+        Finding("Redis", True, f"{place} answers: {_redis_version(about)}"),
         _eviction(str(about.get("maxmemory_policy", "unknown"))),
         _clock("Redis", ahead_s),
     ]
@@ -150,7 +154,7 @@ def _config(path: Path) -> Iterator[Finding]:
     try:
         loaded = config.load(path)
     except BackstopError as error:
-        yield _wrong("config", error)
+        yield Finding("config", False, str(error), "mend it, then run `backstop config check`")
         return
     yield Finding("config", True, f"{path}: {len(loaded.providers)} providers, {len(loaded.chains)} chains")
     for name, provider in loaded.providers.items():
@@ -158,17 +162,9 @@ def _config(path: Path) -> Iterator[Finding]:
             detail = "needs none" if provider.key() is None else "set"
             yield Finding(f"key of {name}", True, detail)
         except BackstopError as error:
-            yield _wrong(f"key of {name}", error)
+            yield Finding(f"key of {name}", False, str(error), "set it, or take the provider out of the config")
 
 
-def _source(given: str | None, url: str) -> str:
-    """Which server this is, without its user and password."""
-    parts = urlsplit(url)
-    place = f"{parts.hostname or 'socket'}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    return f"{'given' if given else 'embedded'} server {place}"
-
-
-def _wrong(name: str, error: BackstopError) -> Finding:
-    """An error's message says what to do after its last colon, if it does."""
-    detail, _, remedy = str(error).rpartition(": ")
-    return Finding(name, False, detail or remedy, remedy if detail else "")
+def _place(given: str | None, host: str | None, port: object) -> str:
+    """Which server this is. No more of its URL: a password may hide anywhere in one that is misspelt."""
+    return f"{'given' if given else 'embedded'} server {host or 'on a socket'}{f':{port}' if port else ''}"

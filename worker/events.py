@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 import structlog
 
@@ -33,7 +34,11 @@ def configure(settings: Settings) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.format_exc_info, renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
         )
     )
     root = logging.getLogger()
@@ -41,3 +46,9 @@ def configure(settings: Settings) -> None:
     root.setLevel(level)
     for chatty in ("kombu", "celery.redirected", "celery.worker.strategy", "celery.app.trace", "httpx", "alembic"):
         logging.getLogger(chatty).setLevel(max(level, logging.WARNING))
+
+
+def origin(error: BaseException) -> str:
+    """Where it was raised, innermost last, as `file:line function`. Not its message: that may quote a prompt or a key."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return " > ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in frames)

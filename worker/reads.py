@@ -81,7 +81,7 @@ async def calls(db: AsyncEngine, job_id: UUID) -> list[CallView]:
 
 
 _BATCH = """
-SELECT id, tenant, name, state, columns, total, succeeded, failed, cancelled, expired, created_at, finished_at
+SELECT id, tenant, name, state, columns, coalesce(fields, '[]') AS fields, total, succeeded, failed, cancelled, expired, created_at, finished_at
 FROM batches b
 """
 
@@ -183,7 +183,7 @@ async def workers(db: AsyncEngine) -> list[WorkerView]:
     return [WorkerView(**row) for row in await _rows(db, sql)]
 
 
-_SPAN = re.compile(r"(\d{1,5})([mhdw])")
+_SPAN = re.compile(r"([0-9]{1,4})([mhdw])")
 
 
 def ago(span: str, now: datetime | None = None) -> datetime:

@@ -28,9 +28,7 @@ class Released:
     """This worker may not go on; somebody else should, at once."""
 
 
-def decide(
-    outcome: Outcome | Cancelled | Released, walk: Walk, *, rng: Callable[[], float] = random.random
-) -> Settlement:
+def decide(outcome: Outcome | Cancelled | Released, walk: Walk, *, rng: Callable[[], float] = random.random) -> Settlement:
     """The settlement of an attempt.
 
     Attempted again after `delay_s(attempts, base 2 s, cap 300 s)`, at most MAX_ATTEMPTS times; parked and released
@@ -52,9 +50,7 @@ def decide(
             return _settlement(walk, JobState.QUEUED, error=error, run_after_s=after_s, counted=True, new_walk=True)
         case Parked(retry_after_s):
             error = _error(walk, "parked", "no provider could be asked, to be attempted again")
-            return _settlement(
-                walk, JobState.QUEUED, error=error, run_after_s=retry_after_s * (1 + PARK_JITTER * rng())
-            )
+            return _settlement(walk, JobState.QUEUED, error=error, run_after_s=retry_after_s * (1 + PARK_JITTER * rng()))
         case Cancelled():
             return _settlement(walk, JobState.CANCELLED)
         case Released():
@@ -71,7 +67,7 @@ def _settlement(walk: Walk, state: JobState, **ending: Any) -> Settlement:
         lane=claim.lane,
         state=state,
         calls=tuple(walk.calls),
-        unsent=walk.unsent,
+        unsent=tuple(walk.unsent),
         **ending,
     )
 

@@ -132,8 +132,8 @@ class Batch:
 
 
 _OPEN_BATCH = text("""
-INSERT INTO batches (id, tenant, name, state, fingerprint, columns)
-VALUES (:id, :tenant, :name, 'loading', :fingerprint, CAST(:columns AS jsonb))
+INSERT INTO batches (id, tenant, name, state, fingerprint, columns, fields)
+VALUES (:id, :tenant, :name, 'loading', :fingerprint, CAST(:columns AS jsonb), CAST(:fields AS jsonb))
 ON CONFLICT (tenant, name) DO NOTHING
 """)
 
@@ -141,12 +141,12 @@ _BATCH = text("SELECT id, state, fingerprint, total FROM batches WHERE tenant = 
 
 
 async def open_batch(
-    db: AsyncEngine, name: str, *, fingerprint: Sequence[Any], columns: Sequence[str] | None, tenant: str = "default"
+    db: AsyncEngine, name: str, *, fingerprint: Sequence[Any], columns: Sequence[str] | None, fields: Sequence[str] = (), tenant: str = "default"
 ) -> Batch:
     """The batch of that name, new or resumed. Raises UsageError when the name belongs to another file, template or chain."""
     print_ = _fingerprint(fingerprint)
-    values = {"id": new_id(), "tenant": tenant, "name": name, "fingerprint": print_, "columns": json.dumps(columns)}
-    await run(db, _OPEN_BATCH, **values)
+    as_json = {"columns": json.dumps(columns), "fields": json.dumps(list(fields))}
+    await run(db, _OPEN_BATCH, id=new_id(), tenant=tenant, name=name, fingerprint=print_, **as_json)
     (row,) = await run(db, _BATCH, tenant=tenant, name=name)
     if row.fingerprint != print_:
         raise UsageError(f"batch {name!r} exists and was made from another file, template or chain: choose another --batch name")

@@ -56,6 +56,7 @@ batches = Table(
     Column("state", Text, CheckConstraint("state IN ('loading','open','finished')", name="state"), nullable=False),
     Column("fingerprint", Text, nullable=False),  # of template, chain and file name: a resumed file must be the same job
     Column("columns", JSONB),  # header of the tickets, in order; NULL for OpenAI batch lines
+    Column("fields", JSONB),  # of the answers' schema, in order: further columns of the results
     Column("weight", Integer, nullable=False, server_default="1"),  # share of the bulk lane beside other batches
     Column("total", BigInteger, nullable=False, server_default="0"),
     Column("succeeded", BigInteger, nullable=False, server_default="0"),

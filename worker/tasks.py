@@ -35,7 +35,8 @@ class Process(bootsteps.StartStopStep):
         Process.process = Process.loop.submit(WorkerProcess.open(Settings(), lanes)).result()
 
     def stop(self, parent: Any) -> None:
-        Process.loop.submit(Process.process.drain()).result()
+        if hasattr(Process, "process"):  # it did start
+            Process.loop.submit(Process.process.drain()).result()
         Process.loop.stop()
 
 

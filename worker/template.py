@@ -21,9 +21,7 @@ from worker.textfile import UNSTORABLE
 from worker.tickets import Ticket
 
 # What is made is a prompt, not HTML. A missing value is an error, never an empty place in 100,000 prompts.
-_JINJA = ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
-)
+_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 _JINJA.globals = {"range": _JINJA.globals["range"]}  # so that no name of Jinja's hides a column that is missing
 
 

@@ -171,9 +171,7 @@ def _header(records: Iterator[tuple[list[str], str | None]], place: Place) -> li
     return columns
 
 
-def _table(
-    records: Iterator[tuple[list[str], str | None]], columns: list[str], place: Place
-) -> Iterator[Ticket | None]:
+def _table(records: Iterator[tuple[list[str], str | None]], columns: list[str], place: Place) -> Iterator[Ticket | None]:
     for record, fault in records:
         if not fault and not any(map(str.strip, record)):
             yield None

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from functools import lru_cache
+from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from jsonschema.protocols import Validator
+from jsonschema.validators import validator_for
+from referencing import Registry
 
 from worker.job import Answer, ChatRequest
+
+
+def usable(request: ChatRequest) -> bool:
+    """False when the job asks for a JSON Schema that is none: no answer could be held against it."""
+    schema = _schema(request.parameters)
+    return schema is None or _validator(schema) is not None
 
 
 def fits(request: ChatRequest, answer: Answer) -> bool:
@@ -15,17 +26,34 @@ def fits(request: ChatRequest, answer: Answer) -> bool:
     schema = _schema(request.parameters)
     if schema is None or answer.tool_calls:
         return True
-    try:
-        value = json.loads(answer.content or "")
-    except ValueError:
+    validator = _validator(schema)
+    if validator is None:
         return False
-    return bool(Draft202012Validator(schema).is_valid(value))
+    try:
+        return bool(validator.is_valid(json.loads(answer.content or "", parse_constant=_refuse)))
+    except Exception:  # no JSON, nested too deep, or the schema fails on it: a `$ref` to nowhere, a faulty pattern
+        return False
 
 
-def _schema(parameters: dict[str, Any]) -> dict[str, Any] | None:
+def _schema(parameters: dict[str, Any]) -> str | None:
     response_format = parameters.get("response_format")
     if not isinstance(response_format, dict) or response_format.get("type") != "json_schema":
         return None
     wrapped = response_format.get("json_schema")
     schema = wrapped.get("schema") if isinstance(wrapped, dict) else None
-    return schema if isinstance(schema, dict) else None
+    return json.dumps(schema) if isinstance(schema, dict) else None
+
+
+@lru_cache(maxsize=256)  # a batch has one for all its jobs
+def _validator(schema: str) -> Validator | None:
+    decoded = json.loads(schema)
+    kind = validator_for(decoded, default=Draft202012Validator)
+    try:
+        kind.check_schema(decoded)
+    except (SchemaError, RecursionError):
+        return None
+    return kind(decoded, registry=Registry())  # an empty one: a remote `$ref` is not fetched
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

@@ -76,6 +76,7 @@ class BatchView:
     name: str
     state: str
     columns: list[str] | None
+    fields: list[str]
     total: int
     succeeded: int
     failed: int

@@ -10,6 +10,7 @@ from functools import partial
 from uuid import UUID
 
 import httpx
+import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -33,9 +34,10 @@ from worker.providers.http import client
 from worker.providers.openai import OpenAICompatible
 from worker.resilience.breaker import Breakers
 from worker.settings import Settings
-from worker.settlement import Released
 from worker.slots import Slots
 from worker.waiting import announce
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,14 @@ class WorkerProcess:
 
     @classmethod
     async def open(cls, settings: Settings, lanes: Collection[Lane]) -> WorkerProcess:
-        """Registered in the ledger, its heart beating. Raises UsageError for a faulty configuration, DBAPIError without Postgres."""
+        """Registered in the ledger, its heart beating.
+
+        Raises UsageError for a faulty configuration, DBAPIError without Postgres.
+        """
         settings = attached(settings)
         config = load(settings.config)
+        for name in config.not_yet():
+            log.warning("setting_without_effect", setting=name)
         open_ = AsyncExitStack()
         shared = await open_.enter_async_context(connections(settings))
         assert settings.database_url is not None
@@ -105,9 +112,7 @@ class WorkerProcess:
         http = client(most_connections=settings.bulk_slots + settings.interactive_slots)
         open_.push_async_callback(http.aclose)
         keeper = Keeper(keeper_db, shared.redis, shared.publish, settings, lanes)
-        chain = Chain(
-            stations(config, http), shared.breakers, Group(partial(open_calls, shared.db)), keeper.may_call
-        )
+        chain = Chain(stations(config, http), shared.breakers, Group(partial(open_calls, shared.db)), keeper.may_call)
         attempts = Attempts(
             shared.db,
             config,
@@ -122,13 +127,7 @@ class WorkerProcess:
 
     async def drain(self) -> None:
         """No new claims; running calls had `drain_s` to finish, the others were released; then everything is closed."""
-        self.attempts.draining = True
-        tasks = [held.task for held in self.attempts.held.values() if held.task]
-        if tasks:
-            await asyncio.wait(tasks, timeout=self._settings.drain_s)
-        for held in list(self.attempts.held.values()):
-            held.stop(Released())
-        await asyncio.gather(*(held.task for held in self.attempts.held.values() if held.task), return_exceptions=True)
+        await self.attempts.drain(self._settings.drain_s)
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)

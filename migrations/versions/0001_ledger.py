@@ -26,6 +26,7 @@ CREATE TABLE batches (
     state TEXT NOT NULL CONSTRAINT ck_batches_state CHECK (state IN ('loading','open','finished')),
     fingerprint TEXT NOT NULL,
     columns JSONB,
+    fields JSONB,
     weight INTEGER DEFAULT '1' NOT NULL,
     total BIGINT DEFAULT '0' NOT NULL,
     succeeded BIGINT DEFAULT '0' NOT NULL,

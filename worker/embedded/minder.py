@@ -124,7 +124,7 @@ class Minder:
             if self.server.ready(self.process.pid, self.port, self.password):
                 return True
             if time.monotonic() > give_up_at:
-                self.stop()
+                raise Unreachable(f"{self.server.title} has not answered for {START_S:.0f} s: see {self.home / 'log'}")
             time.sleep(_LOOK_EVERY_S / 5)
         return False
 

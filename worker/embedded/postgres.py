@@ -26,7 +26,7 @@ _READY_LINE = 7  # of postmaster.pid; pg_ctl waits for the same (LOCK_FILE_LINE_
 
 @dataclass(frozen=True)
 class Postgres:
-    """`durable` False: fast, and lost with a power cut. For tests."""
+    """`durable` False: what was committed outlives a killed server, but not a power cut. For tests."""
 
     home: Path
     durable: bool = True
@@ -83,7 +83,7 @@ class Postgres:
             "log_checkpoints": "off",
         }
         if not self.durable:
-            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+            settings |= {"fsync": "off", "full_page_writes": "off"}
         account = _account()
         argv = [str(_programs(account) / "postgres"), "-D", _seen_from_inside(self.home / "data", account)]
         return Launch([*argv, *(f"--{key}={value}" for key, value in settings.items())], account)

@@ -141,9 +141,7 @@ def usage_of(usage: Mapping[str, Any]) -> Usage:
     prompt, completion, total = (_count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
     cached = _first_count(_part(usage, "prompt_tokens_details", "cached_tokens"), usage.get("prompt_cache_hit_tokens"),
                           usage.get("cached_tokens"))  # fmt: skip
-    reasoning = _first_count(
-        _part(usage, "completion_tokens_details", "reasoning_tokens"), usage.get("reasoning_tokens")
-    )
+    reasoning = _first_count(_part(usage, "completion_tokens_details", "reasoning_tokens"), usage.get("reasoning_tokens"))
     if prompt is not None and completion is not None and total is not None and total > prompt + completion:
         hidden = total - prompt - completion
         completion, reasoning = total - prompt, max(reasoning or 0, hidden)

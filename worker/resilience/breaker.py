@@ -76,7 +76,8 @@ class Breakers:
     async def admit(self, provider: str, *, lease_s: float) -> Admission:
         """Whether a call may go to `provider` now. One round trip, shared by all who ask meanwhile.
 
-        A denial is kept for up to a second, an admission never. `lease_s`: how long a probe may take before another may try; the call's own limit and a little more.
+        A denial is kept for up to a second, an admission never. `lease_s`: how long a probe may take before another
+        may try; the call's own limit and a little more.
         """
         waiting_ms = self._denied_for_ms(provider)
         if waiting_ms > 0:
@@ -101,8 +102,8 @@ class Breakers:
     ) -> None:
         """The call that `admission` allowed has counted, unless the breaker has moved on since.
 
-        `block_s`: the provider asked all of us to wait so long (at most an hour). `isolate_s`: it refuses us for a fault
-        of key, quota or configuration (at most a day). `reason`: a short code for `Status`, never a provider's text.
+        `block_s`: the provider asked all of us to wait so long (at most an hour). `isolate_s`: it refuses us for a
+        fault of key, quota or configuration (at most a day). `reason`: a short code for `Status`, never a provider's text.
         """
         if not admission.allowed:
             return

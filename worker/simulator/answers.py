@@ -42,7 +42,8 @@ class Saying(NamedTuple):
 def say(seed: int, ask: Mapping[str, Any]) -> Saying:
     """The answer to a chat request, JSON that fits when it has a `response_format`; `max_tokens` cuts either short."""
     texts = [_text(message) for message in ask["messages"]]
-    ticket = next((t for m, t in zip(reversed(ask["messages"]), reversed(texts), strict=True) if m.get("role") == "user"), "")
+    asked = [text for text, message in zip(texts, ask["messages"], strict=True) if message.get("role") == "user"]
+    ticket = asked[-1] if asked else ""
     sentence = _sentence(seed, ticket)
     response_format = ask.get("response_format")
     if isinstance(response_format, Mapping) and response_format.get("type") in ("json_schema", "json_object"):

@@ -18,6 +18,7 @@ class Door:
 
     def __init__(self, vendor: Vendor, server: web.Server, host: str, port: int) -> None:
         self._vendor, self._server, self._host = vendor, server, host
+        _bound(host, port, shared=False).close()  # says so when somebody else has it; sharing would not
         self._place = _bound(host, port)
         self.port: int = self._place.getsockname()[1]
         self._listener: asyncio.Server | None = None
@@ -65,11 +66,11 @@ class Door:
                 connection.transport.abort()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int, *, shared: bool = True) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
     try:
         bound.bind((host, port))
     except OSError:

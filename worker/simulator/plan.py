@@ -80,5 +80,6 @@ class Vendor:
     def next_turn_s(self) -> float | None:
         """Seconds until a `refuse` outage begins or ends; None: never."""
         elapsed_s = self.elapsed_s()
-        edges = [edge for o in self.script.outages if o.kind == "refuse" for edge in (o.from_s, o.to_s) if edge is not None]
-        return min((edge - elapsed_s for edge in edges if edge > elapsed_s), default=None)
+        closings = [outage for outage in self.script.outages if outage.kind == "refuse"]
+        turns = [turn for outage in closings for turn in (outage.from_s, outage.to_s) if turn is not None]
+        return min((turn - elapsed_s for turn in turns if turn > elapsed_s), default=None)

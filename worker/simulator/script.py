@@ -120,7 +120,7 @@ class ProviderScript(_Section):
     price: PriceConfig = PriceConfig.model_validate({"input": "1", "output": "2"})
     faults: tuple[Fault, ...] = ()
     outages: tuple[Outage, ...] = ()
-    port: int | None = Field(None, ge=0, le=65535)  # a port of its own besides the shared one, 0: any free; for `refuse`
+    port: int | None = Field(None, ge=0, le=65535)  # its own besides the shared one, 0: any free; for `refuse`
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -184,5 +184,6 @@ def _explain(error: ValidationError) -> Iterator[str]:
 
 def _hint(word: str) -> str:
     sections: tuple[type[BaseModel], ...] = (Script, ProviderScript, Latency, Outage, PriceConfig)
-    near = difflib.get_close_matches(word, {key for section in sections for key in section.model_fields}, n=1, cutoff=0.5)
+    known = {key for section in sections for key in section.model_fields}
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}?" if near else ""

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import click
@@ -19,9 +18,9 @@ from worker.errors import UsageError
 from worker.simulator.answers import say
 from worker.simulator.bill import Bill, fingerprint
 from worker.simulator.door import Door
-from worker.simulator.plan import Vendor
+from worker.simulator.plan import Plan, Vendor
 from worker.simulator.script import Script
-from worker.simulator.wire import deliver, refusal, reply
+from worker.simulator.wire import Reply, deliver, refusal, reply
 
 _CLOSING_S = 0.1  # what is still being answered after that is cut off
 
@@ -73,11 +72,11 @@ class Simulator:
         try:
             await self._open()
         except BaseException:
-            await self.__aexit__(None, None, None)
+            await self.__aexit__()
             raise
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for door in self._doors.values():
             await door.stop()
         if self._runner is not None:
@@ -143,14 +142,7 @@ class Simulator:
         self, request: web.BaseRequest, vendor: Vendor, ask: Mapping[str, Any] | None, seq: int
     ) -> web.StreamResponse:
         plan = vendor.next()
-        fault = plan.fault
-        if ask is None or ask.get("stream"):
-            what = "The simulator does not stream." if ask else "Expected a JSON object with messages."
-            made = refusal(400, message=what, outcome="invalid")
-        else:
-            identity = f"{vendor.name}-{plan.n}"
-            model = vendor.script.model
-            made = reply(fault, say(vendor.seed, ask), model=model, identity=identity, created=int(time.time()))
+        made = _made(vendor, plan, ask)
         written = False
         try:
             if plan.latency_s and made.outcome not in ("reset", "refuse"):
@@ -195,11 +187,23 @@ async def _serve(simulator: Simulator, providers: list[str]) -> None:
         await stopped.wait()
 
 
+def _made(vendor: Vendor, plan: Plan, ask: Mapping[str, Any] | None) -> Reply:
+    if ask is None or ask.get("stream"):
+        what = "The simulator does not stream." if ask else "Expected a JSON object with messages."
+        return refusal(400, message=what, outcome="invalid")
+    try:
+        saying = say(vendor.seed, ask)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return refusal(400, message="The simulator has no answer in this response_format.", outcome="invalid")
+    identity = f"{vendor.name}-{plan.n}"
+    return reply(plan.fault, saying, model=vendor.script.model, identity=identity, created=int(time.time()))
+
+
 def _parsed(raw: bytes) -> dict[str, Any] | None:
     """The body of a chat request, None when it is none."""
     try:
         ask = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     messages = ask.get("messages") if isinstance(ask, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):

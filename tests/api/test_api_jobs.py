@@ -1,0 +1,220 @@
+"""Jobs over the REST API: submit, wait, list, cancel, calls; and that nothing a client sends is a 500."""
+
+import json
+import threading
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def test_an_accepted_job_is_in_the_ledger_and_on_its_way(stage):
+    response = stage.client.post("/v1/jobs", json={**HELLO, "temperature": 0.5, "metadata": {"ticket": "T-1"}})
+    job = response.json()
+    assert response.status_code == 202
+    assert response.headers["Location"] == f"/v1/jobs/{job['id']}"
+    assert response.headers["Retry-After"] == "1"
+    assert (job["state"], job["result"], job["error"], job["calls"]) == ("queued", None, None, 0)
+    assert (job["finished_at"], job["metadata"], job["lane"]) == (None, {"ticket": "T-1"}, "interactive")
+    assert job["created_at"].endswith("Z")
+    ((request,),) = stage.sql("SELECT request FROM job_requests WHERE job_id = :id", id=UUID(job["id"]))
+    assert request == {**HELLO, "parameters": {"temperature": 0.5}}
+    assert [list(ids) for _, _, ids in stage.published] == [[UUID(job["id"])]]
+
+
+def test_a_finished_job_has_exactly_the_documented_shape(stage):
+    job_id = stage.submit()["id"]
+    stage.succeed(job_id)
+    job = stage.client.get(f"/v1/jobs/{job_id}").json()
+    assert job["result"] == {
+        "content": "Hello!",
+        "finish_reason": "stop",
+        "provider": "a",
+        "model": "m-a",
+        "usage": {"input_tokens": 3, "output_tokens": 5, "cached_tokens": None, "reasoning_tokens": None},
+        "degraded": None,
+    }
+    assert (job["state"], job["cost_usd"], job["calls"], job["error"]) == ("succeeded", "0.000123", 1, None)
+    assert job["finished_at"]
+
+
+def test_waiting_ends_with_the_job(stage):
+    job_id = stage.submit()["id"]
+    threading.Timer(0.05, stage.succeed, [job_id]).start()
+    response = stage.client.get(f"/v1/jobs/{job_id}", params={"wait": 30})
+    assert response.json()["state"] == "succeeded"
+
+
+def test_waiting_for_an_unfinished_job_gives_it_as_it_stands(stage):
+    job_id = stage.submit()["id"]
+    response = stage.client.get(f"/v1/jobs/{job_id}", params={"wait": 0.01})
+    assert (response.status_code, response.json()["state"]) == (200, "queued")
+    assert response.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize("asked", [{"params": {"wait": 20}}, {"headers": {"Prefer": "foo, wait=20"}}])
+def test_a_submit_that_waits_is_200_with_the_answer(stage, asked):
+    stage.on_publish = lambda _lane, _delivery, job_ids: stage.succeed(str(job_ids[0]))
+    response = stage.client.post("/v1/jobs", json=HELLO, **asked)
+    assert (response.status_code, response.json()["result"]["content"]) == (200, "Hello!")
+    assert response.headers.get("Preference-Applied") == (None if "params" in asked else "wait=20")
+
+
+def test_a_submit_that_does_not_wait_is_202_at_once(stage):
+    stage.on_publish = lambda _lane, _delivery, job_ids: stage.succeed(str(job_ids[0]))
+    for prefer in ("respond-async, wait=20", "wait=0", "wait=soon", "return=minimal", ";;,", ""):
+        assert stage.client.post("/v1/jobs", json=HELLO, headers={"Prefer": prefer}).status_code == 202
+
+
+def test_a_submit_is_accepted_although_it_cannot_be_published(stage):
+    def redis_is_down(*_):
+        raise ConnectionError
+
+    stage.on_publish = redis_is_down
+    assert stage.submit()["state"] == "queued"
+
+
+def test_the_same_key_gives_the_same_job_and_another_request_under_it_is_refused(stage):
+    key = {"Idempotency-Key": "order-7"}
+    first = stage.client.post("/v1/jobs", json=HELLO, headers=key)
+    again = stage.client.post("/v1/jobs", json=HELLO, headers=key)
+    other = stage.client.post("/v1/jobs", json={**HELLO, "temperature": 1}, headers=key)
+    elsewhere = stage.client.post("/v1/jobs", json=HELLO, headers={**key, **stage.key("other")})
+    assert (first.status_code, again.status_code, other.status_code) == (202, 202, 422)
+    assert again.json()["id"] == first.json()["id"] != elsewhere.json()["id"]
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert "Idempotent-Replayed" not in first.headers
+    assert other.headers["Content-Type"] == "application/problem+json"
+    assert len(stage.published) == 2
+
+
+def test_the_list_is_paged_by_cursor_and_by_link(stage):
+    ids = [stage.submit()["id"] for _ in range(5)]
+    first = stage.client.get("/v1/jobs", params={"limit": 3, "state": "queued"})
+    body = first.json()
+    assert body["has_more"] is True
+    second = stage.client.get("/v1/jobs", params={"limit": 3, "cursor": body["next_cursor"]}).json()
+    assert second["has_more"] is False
+    assert second["next_cursor"] is None
+    assert [job["id"] for job in body["data"] + second["data"]] == ids[::-1]
+    link = first.headers["Link"].removesuffix('>; rel="next"').removeprefix("<")
+    assert [job["id"] for job in stage.client.get(link).json()["data"]] == [job["id"] for job in second["data"]]
+    assert "state=queued" in link
+    assert stage.client.get("/v1/jobs", params={"state": "failed"}).json()["data"] == []
+
+
+def test_a_queued_job_is_cancelled_at_once_and_a_running_one_is_flagged(stage):
+    queued, running = stage.submit()["id"], stage.submit()["id"]
+    stage.sql("UPDATE jobs SET state = 'running', worker_id = :w WHERE id = :id", w=uuid4(), id=UUID(running))
+    now, later = (stage.client.post(f"/v1/jobs/{job_id}/cancel") for job_id in (queued, running))
+    assert (now.status_code, now.json()["state"]) == (200, "cancelled")
+    assert (later.status_code, later.json()["state"]) == (202, "running")
+    assert stage.sql("SELECT cancel_requested FROM jobs WHERE id = :id", id=UUID(running)) == [(True,)]
+    assert stage.client.post(f"/v1/jobs/{queued}/cancel").status_code == 200
+
+
+def test_a_job_that_succeeded_is_not_cancelled_any_more(stage):
+    job_id = stage.submit()["id"]
+    stage.succeed(job_id)
+    response = stage.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert (response.status_code, response.json()["state"]) == (200, "succeeded")
+
+
+def test_the_calls_of_a_job_say_who_was_asked_and_what_it_cost(stage):
+    job_id = stage.submit()["id"]
+    stage.succeed(job_id)
+    (call,) = stage.client.get(f"/v1/jobs/{job_id}/calls").json()["data"]
+    assert (call["provider"], call["outcome"], call["cost_usd"]) == ("a", "answered", "0.000123")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/jobs/{id}"), ("GET", "/v1/jobs/{id}?wait=5"), ("POST", "/v1/jobs/{id}/cancel"), ("GET", "/v1/jobs/{id}/calls")],
+)
+def test_another_tenants_job_does_not_exist(stage, method, path):
+    job_id = stage.submit()["id"]
+    stranger = stage.key("other")
+    for unknown in (job_id, str(uuid4()), "nonsense", "%00"):
+        response = stage.client.request(method, path.format(id=unknown), headers=stranger)
+        assert response.status_code == 404
+        assert response.json()["detail"] == "there is no job of that id"
+    assert stage.client.get("/v1/jobs", headers=stranger).json()["data"] == []
+    assert stage.client.get(f"/v1/jobs/{job_id}").json()["state"] == "queued"
+
+
+UNUSABLE = [
+    ({}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"content": "hi"}]}, "role"),
+    ({**HELLO, "chain": "nope"}, "nope"),
+    ({**HELLO, "lane": "fast"}, "lane"),
+    ({**HELLO, "deadline_s": 0}, "deadline_s"),
+    ({**HELLO, "deadline_s": 1e9}, "deadline_s"),
+    ({**HELLO, "metadata": {"a": "\x00"}}, "metadata"),
+    ({**HELLO, "metadata": [1]}, "metadata"),
+    ([], "body"),
+    (None, "body"),
+]
+
+
+def test_a_request_that_cannot_be_used_is_a_422_naming_the_field(stage):
+    for body, named in UNUSABLE:
+        response = stage.client.post("/v1/jobs", json=body)
+        assert response.status_code == 422, response.text
+        assert named in response.json()["detail"]
+    assert stage.sql("SELECT count(*) FROM jobs") == [(0,)]
+
+
+MALFORMED = [
+    b"",
+    b"{",
+    b"nul",
+    b"\xff\xfe",
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"messages": [{"role": "user", "content": "\\u0000"}]}',
+    b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1}',
+    b'{"messages": [{"role": "user", "content": "x"}], "metadata": {"\\ud800": 1}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "metadata": {"a": NaN}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "metadata": {"a": 1e999}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    b'{"messages": [{"role": "user", "content": "x"}], "deadline_s": NaN}',
+    b'{"messages": [{"role": "user", "content": "x"}], "metadata": ' + b'{"a":' * 60 + b"1" + b"}" * 61,
+    b'{"messages": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+    b"[" * 100_000,
+    b'{"messages": ' + b"9" * 5_000 + b"}",
+]
+
+
+def test_malformed_bodies_are_never_a_500(stage):
+    for raw in MALFORMED:
+        response = stage.client.post("/v1/jobs", content=raw, headers={"Content-Type": "application/json"})
+        assert response.status_code in (202, 400, 422), (raw[:80], response.text)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(["messages", "chain", "lane", "deadline_s", "metadata", "n", "stream", "model", "response_format"])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(body=st.dictionaries(NAMES, JSON, max_size=5), usable=st.booleans())
+def test_no_body_is_ever_a_500(stage, body, usable):
+    raw = json.dumps({**body, **(HELLO if usable else {})}).encode()
+    response = stage.client.post("/v1/jobs", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code in (202, 422), response.text
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    values=st.dictionaries(st.sampled_from(["cursor", "limit", "state", "batch", "wait", "by", "since"]), st.text(), max_size=4),
+    path=st.sampled_from(["/v1/jobs", "/v1/costs", "/v1/jobs/x"]),
+)
+def test_no_query_is_ever_a_500(stage, values, path):
+    assert stage.client.get(path, params=values).status_code in (200, 404, 422)

@@ -1,0 +1,5 @@
+"""`python -m worker` is `backstop`."""
+
+from worker.cli import main
+
+main()

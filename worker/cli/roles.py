@@ -1,0 +1,201 @@
+"""Commands that run until they are stopped: up, and each of its roles alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import uvicorn
+
+from worker import keys
+from worker.cli.children import Children
+from worker.cli.screen import say
+from worker.cli.session import read_settings, servers, with_ledger
+from worker.config import load
+from worker.embedded.attach import attached
+from worker.errors import UsageError
+from worker.events import configure
+from worker.job import Lane
+from worker.settings import Settings
+from worker.wiring import Connections
+
+HOST = "127.0.0.1"
+API_PORT = 8000
+FLOWER_PORT = 5555
+CHECK_S = 0.5
+SCRIPT = Path(__file__).parents[1] / "simulator" / "default.toml"
+
+
+@click.command()
+@click.option("--host", default=HOST, show_default=True, help="Where the API listens. Keys are always needed.")
+@click.option("--port", default=API_PORT, show_default=True)
+@click.option("--concurrency", type=click.IntRange(1, 10_000), help="Bulk jobs in flight at once (default 400).")
+@click.option("--flower-port", default=FLOWER_PORT, show_default=True)
+@click.option("--no-flower", is_flag=True, help="Without Flower.")
+def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flower: bool) -> None:
+    """Servers (if none are given), migrations, workers, API, Flower; Ctrl-C stops them all."""
+    checked = _checked(read_settings())
+    _check_free(host, port, "--port")
+    if not no_flower:
+        _check_free(HOST, flower_port, "--flower-port")
+    if concurrency:
+        os.environ["BACKSTOP_BULK_SLOTS"] = str(concurrency)
+    with servers() as settings, Children(settings.data.absolute() / "logs", grace_s=settings.drain_s + 10) as children:
+        key_file = first_key(settings.data)
+        for lane in Lane:
+            children.start(f"worker-{lane}", ["worker", "--lane", lane])
+        children.start("api", ["api", "--host", host, "--port", str(port)])
+        children.start("beat", ["beat"])
+        say(f"API      http://{host}:{port}   key in {key_file}, documentation at /docs")
+        if not no_flower:
+            children.start("flower", ["flower", "--port", str(flower_port)])
+            say(f"Flower   http://{HOST}:{flower_port}   login in {_flower_login(settings.data)}")
+        say(f"workers  {', '.join(Lane)}; providers {', '.join(checked)}; logs in {settings.data / 'logs'}")
+        say("Ctrl-C stops everything")
+        while True:
+            children.check()
+            time.sleep(CHECK_S)
+
+
+@click.command()
+@click.option(
+    "--lane", "lanes", multiple=True, type=click.Choice([lane.value for lane in Lane]), help="Only this one; default both."
+)
+@click.option("--concurrency", type=click.IntRange(1, 10_000), help="Bulk jobs in flight at once (default 400).")
+def worker(lanes: Sequence[str], concurrency: int | None) -> None:
+    """One worker process. SIGTERM lets running calls finish, releases the rest and loses nothing."""
+    _checked(read_settings())
+    if concurrency:
+        os.environ["BACKSTOP_BULK_SLOTS"] = str(concurrency)
+    with servers() as settings:
+        from worker.app import app
+        from worker.dispatch import queue_name
+
+        chosen = [Lane(lane) for lane in lanes] or list(Lane)
+        app.worker_main([
+            "worker",
+            f"--queues={','.join(queue_name(lane) for lane in chosen)}",
+            f"--hostname={'-'.join(chosen)}-{os.getpid()}@%h",
+            f"--loglevel={settings.log_level}",
+            "--without-gossip",
+            "--without-mingle",
+        ])  # fmt: skip
+
+
+@click.command()
+@click.option("--host", default=HOST, show_default=True)
+@click.option("--port", default=API_PORT, show_default=True)
+def api(host: str, port: int) -> None:
+    """The REST API, for producers and for people who poll results."""
+    _checked(read_settings(), with_keys=False)
+    _check_free(host, port, "--port")
+    with servers() as settings:
+        first_key(settings.data)
+        configure(settings)
+        uvicorn.run(
+            "api.app:create_app", factory=True, host=host, port=port, log_config=None, access_log=False,
+            server_header=False, timeout_graceful_shutdown=5,
+        )  # fmt: skip
+
+
+@click.command()
+def beat() -> None:
+    """Celery beat, for slow housekeeping; one is enough."""
+    with servers() as settings:
+        from worker.app import app
+
+        pidfile = settings.data.absolute() / "beat.pid"
+        pidfile.unlink(missing_ok=True)
+        app.start(["beat", f"--loglevel={settings.log_level}", "--pidfile="])
+
+
+@click.command()
+@click.option("--port", default=FLOWER_PORT, show_default=True)
+@click.option("--address", default=HOST, show_default=True, help="Where it listens.")
+def flower(port: int, address: str) -> None:
+    """Flower: workers, queues and tasks as they run. Read-only, behind a password."""
+    settings = attached(read_settings())
+    _check_free(address, port, "--port")
+    assert settings.redis_url is not None
+    os.environ.update(REDIS_URL=settings.redis_url, DATABASE_URL=settings.database_url or "")
+    if "FLOWER_BASIC_AUTH" not in os.environ:
+        os.environ["FLOWER_BASIC_AUTH"] = _flower_login(settings.data).read_text().strip()
+    from worker.app import app
+
+    app.start([
+        "flower",
+        f"--address={address}",
+        f"--port={port}",
+        "--read_only=True",
+        "--max_tasks=20000",
+        "--inspect_timeout=2000",
+        "--purge_offline_workers=300",
+    ])  # fmt: skip
+
+
+@click.command()
+@click.option("--host", default=HOST, show_default=True)
+@click.option("--port", default=9090, show_default=True)
+@click.option(
+    "--script",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Faults (TOML); default: the providers of the shipped backstop.toml.",
+)
+@click.option("--bill", type=click.Path(path_type=Path), help="Append every request received to this file, as JSON lines.")
+def simulate(host: str, port: int, file: Path | None, bill: Path | None) -> None:
+    """OpenAI-compatible providers that fail as scripted and keep a bill: GET /bill."""
+    from worker.simulator import script, server
+
+    server.serve(script.load(file or SCRIPT), host, port, bill)
+
+
+def first_key(data: Path) -> Path:
+    """The file that holds the key of the first installation; made when there is none. Mode 0600."""
+    file = data / "api-key"
+
+    async def ensure(open_: Connections) -> None:
+        if not file.exists() or await keys.verify(open_.db, file.read_text().strip()) is None:
+            _write_secret(file, (await keys.create(open_.db, name="first")).secret)
+
+    with_ledger(ensure)
+    return file
+
+
+def _flower_login(data: Path) -> Path:
+    file = data / "flower-login"
+    if not file.exists():
+        _write_secret(file, f"backstop:{secrets.token_urlsafe(18)}")
+    return file
+
+
+def _write_secret(file: Path, secret: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        out.write(secret + "\n")
+
+
+def _checked(settings: Settings, *, with_keys: bool = True) -> list[str]:
+    """Names of the providers of a configuration that can be used. Raises UsageError."""
+    configured = load(settings.config)
+    for name in configured.not_yet():
+        say(f"note: {name} is read but has no effect in this version")
+    for provider in configured.providers.values() if with_keys else ():
+        provider.key()
+    return list(configured.providers)
+
+
+def _check_free(host: str, port: int, option: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(f"port {port} on {host} cannot be used ({error.strerror}): choose another with {option}") from None

@@ -1,0 +1,67 @@
+"""What every command that touches the ledger does first: servers, schema, connections."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pydantic import ValidationError
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+
+from worker import database
+from worker.embedded.servers import provided
+from worker.errors import Unreachable, UsageError
+from worker.settings import Settings
+from worker.wiring import Connections, connections
+
+Value = TypeVar("Value")
+
+
+def read_settings() -> Settings:
+    """The environment's settings. Raises UsageError naming the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0]).upper()
+        raise UsageError(f"environment variable BACKSTOP_{name.removeprefix('BACKSTOP_')}: {fault['msg']}") from None
+
+
+@contextmanager
+def servers() -> Iterator[Settings]:
+    """Settings with both URLs, their servers there and the schema current; child processes inherit them.
+
+    Embedded servers are brought up to date; a database of the user's own is only checked. Raises Unreachable.
+    """
+    given = read_settings()
+    with provided(given) as settings:
+        assert settings.database_url is not None
+        assert settings.redis_url is not None
+        os.environ.update(DATABASE_URL=settings.database_url, REDIS_URL=settings.redis_url)
+        if given.database_url is None:
+            asyncio.run(database.upgrade(settings.database_url))
+        elif lacking := asyncio.run(database.pending(settings.database_url)):
+            raise Unreachable(lacking)
+        yield settings
+
+
+def with_ledger(work: Callable[[Connections], Awaitable[Value]]) -> Value:
+    """What `work` gives back, called with open connections. Raises Unreachable where Postgres or Redis goes away."""
+
+    async def connected(settings: Settings) -> Value:
+        async with connections(settings) as open_:
+            return await work(open_)
+
+    with servers() as settings:
+        try:
+            return asyncio.run(connected(settings))
+        except DBAPIError as error:
+            raise database.unreachable(error) from None
+        except RedisError as error:
+            raise Unreachable(
+                f"Redis does not answer ({type(error).__name__}): check REDIS_URL, or run `backstop doctor`"
+            ) from None
