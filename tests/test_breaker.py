@@ -32,8 +32,8 @@ def hasty(monkeypatch):
 
 @asynccontextmanager
 async def connected(url, number=1, **options):
-    """Redis, and so many processes' breakers on it."""
-    clients = [Redis.from_url(url) for _ in range(number + 1)]
+    """Redis, and so many processes' breakers on it. The clients wait for ever: the breakers' own limit is tested."""
+    clients = [Redis.from_url(url, socket_timeout=None, socket_connect_timeout=None) for _ in range(number + 1)]
     fleet = [Breakers(client, **options) for client in clients[1:]]
     try:
         yield clients[0], *fleet
@@ -63,7 +63,7 @@ async def scripts_run(redis):
 async def relay(url):
     """A way to Redis that can be `cut` (hangs up), `stuck` (says nothing) or `clear`; counts who came."""
     target, state = urlsplit(url), {"is": "clear", "came": 0}
-    open_now = set()
+    open_now, serving = set(), set()
 
     async def pump(reader, writer):
         while data := await reader.read(65536):
@@ -73,6 +73,7 @@ async def relay(url):
 
     async def serve(reader, writer):
         state["came"] += 1
+        serving.add(asyncio.current_task())
         open_now.add(writer)
         if state["is"] == "cut":
             writer.close()
@@ -95,7 +96,8 @@ async def relay(url):
     finally:
         server.close()
         become("cut")
-        await asyncio.sleep(0)
+        if serving:
+            await asyncio.wait(serving)
 
 
 def test_a_trip_seen_by_one_process_is_obeyed_by_the_next_admit_of_another(redis_url, patient):
@@ -190,6 +192,19 @@ def test_what_goes_out_together_is_one_round_trip_and_a_denial_none(redis_url, p
             before = await scripts_run(redis)
             assert not (await here.admit("p", lease_s=LEASE_S)).allowed
             assert await scripts_run(redis) == before
+
+    asyncio.run(story())
+
+
+def test_a_denial_is_believed_for_a_second_only(redis_url, patient, monkeypatch):
+    async def story():
+        async with connected(redis_url, 2) as (_, here, there):
+            await trip(here)
+            assert not (await here.admit("p", lease_s=LEASE_S)).allowed
+            await there.force("p", "reset")
+            assert not (await here.admit("p", lease_s=LEASE_S)).allowed
+            monkeypatch.setattr(breaker, "DENIAL_KEPT_MS", 0)
+            assert (await here.admit("p", lease_s=LEASE_S)).allowed
 
     asyncio.run(story())
 
@@ -350,13 +365,20 @@ def test_without_any_redis_the_rules_hold_within_the_process():
 
 
 @pytest.mark.parametrize("trouble", ["cut", "stuck"])
-def test_redis_away_or_silent_means_local_mode_said_once_and_asked_no_more(redis_url, trouble):
+def test_redis_away_or_silent_means_local_mode_said_once_and_asked_no_more(redis_url, trouble, monkeypatch):
+    monkeypatch.setattr(breaker, "CHECK_AGAIN_S", 1_000)
+
     async def story():
-        async with relay(redis_url) as (url, become, state), connected(url) as (_, here):
+        async with relay(redis_url) as (url, become, state), connected(url) as (_, here), asyncio.timeout(60):
+            in_flight = await here.admit("q", lease_s=LEASE_S)
             become(trouble)
             with capture_logs() as logs:
+                reported = asyncio.create_task(here.report("q", in_flight, S))
                 admissions = await asyncio.gather(*(here.admit("p", lease_s=LEASE_S) for _ in range(20)))
                 assert all(a.allowed and a.generation < 0 for a in admissions)
+                await reported
+                if left_behind := [task for task in asyncio.all_tasks() if "_evaluate" in repr(task)]:
+                    await asyncio.wait(left_behind)
                 came = state["came"]
                 await trip(here)
                 assert (await here.admit("p", lease_s=LEASE_S)).state is BreakerState.OPEN
@@ -375,6 +397,7 @@ def test_local_mode_goes_on_from_what_was_seen_last(redis_url, patient, monkeypa
         async with relay(redis_url) as (url, become, _), connected(url) as (_, here):
             in_flight = [await here.admit("p", lease_s=LEASE_S) for _ in range(TRIP)]
             await trip(here, "ill")
+            await trip(here, "ill, long ago")
             await call(here, X, "busy", block_s=60)
             become("cut")
             for admission in in_flight:
@@ -383,7 +406,7 @@ def test_local_mode_goes_on_from_what_was_seen_last(redis_url, patient, monkeypa
             assert states == [BreakerState.OPEN, BreakerState.OPEN]
             assert (await here.admit("busy", lease_s=LEASE_S)).retry_after_s > 30
             monkeypatch.setattr(breaker, "SNAPSHOT_KEPT_MS", -1)
-            assert (await here.admit("new", lease_s=LEASE_S)).allowed
+            assert (await here.admit("ill, long ago", lease_s=LEASE_S)).allowed
 
     asyncio.run(story())
 

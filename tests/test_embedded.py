@@ -39,8 +39,10 @@ def user(data: Path):
     """Another process that uses the Valkey under `data` until the block ends."""
     process = subprocess.Popen([sys.executable, "-c", USER, str(data)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process:
-        yield process
-        process.stdin.close()
+        try:
+            yield process
+        finally:
+            process.stdin.close()
 
 
 def valkey(data: Path, **options: bool):
@@ -83,13 +85,14 @@ def answered(ask: Callable[[], object]) -> object:
             return ask()
         except (redis.ConnectionError, psycopg.OperationalError):
             assert time.monotonic() < give_up_at
+            time.sleep(0.01)
 
 
-def eventually(holds: Callable[[], bool]) -> bool:
+def eventually(holds: Callable[[], object]) -> bool:
     give_up_at = time.monotonic() + PATIENCE_S
     while not holds() and time.monotonic() < give_up_at:
         time.sleep(0.005)
-    return holds()
+    return bool(holds())
 
 
 def redis_get(url: str, key: str) -> str | None:
@@ -226,8 +229,13 @@ def test_who_comes_while_another_starts_the_server_is_not_given_the_url_of_a_ser
     starter = [home.take(place / lock) for lock in ("door.lock", "minder.lock")]
     (place / "url").write_text(endpoints.redis_url)
     with user(tmp_path) as late:
-        opened = Path(f"/proc/{late.pid}/fd")
-        assert eventually(lambda: any(str(place) in str(file.readlink()) for file in opened.iterdir()))
+
+        def opened() -> set[str]:
+            paths = map(os.path.realpath, Path(f"/proc/{late.pid}/fd").iterdir())
+            return {Path(path).name for path in paths if str(place) in path}
+
+        assert eventually(opened)
+        assert opened() == {"door.lock"}  # there it waits, before it looks at anything else
         for lock in reversed(starter):
             os.close(lock)
         url = late.stdout.readline().strip()

@@ -6,6 +6,7 @@ ids only: the ledger knows what is ready, what is late and what was lost, so not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
@@ -37,7 +38,7 @@ def _settings() -> dict[str, Any]:
         "worker_disable_prefetch": True,
         "worker_prefetch_multiplier": 1,
         "worker_pool": "threads",
-        "worker_concurrency": 64,
+        "worker_concurrency": _threads(settings),
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_send_task_events": True,
         "task_send_sent_event": False,
@@ -63,6 +64,11 @@ def _settings() -> dict[str, Any]:
         "beat_schedule": {"tidy": {"task": "backstop.tidy", "schedule": 3600.0}},
         "beat_schedule_filename": str(settings.data / "beat-schedule"),
     }
+
+
+def _threads(settings: Settings) -> int:
+    """A thread for each interactive job, and for each bulk message: those that run and as many that wait for slots."""
+    return settings.interactive_slots + 2 * math.ceil(settings.bulk_slots / settings.pack_size)
 
 
 app = Celery("backstop", set_as_current=True)

@@ -25,9 +25,9 @@ class _Section(BaseModel):
 class PriceConfig(_Section):
     """USD per 1M tokens, as strings so that no float comes near money. `cached` defaults to `input`."""
 
-    input: Decimal = Field(ge=0)
-    output: Decimal = Field(ge=0)
-    cached: Decimal | None = Field(None, ge=0)
+    input: Decimal = Field(ge=0, le=10_000)
+    output: Decimal = Field(ge=0, le=10_000)
+    cached: Decimal | None = Field(None, ge=0, le=10_000)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -54,8 +54,11 @@ class ProviderConfig(_Section):
     @field_validator("base_url")
     @classmethod
     def _is_http(cls, value: str) -> str:
-        if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("expected an http:// or https:// URL")
+        if url.username or url.query or url.fragment:
+            raise ValueError("expected a URL without user, query and fragment; keys go into api_key")
         return value.rstrip("/")
 
     @field_validator("api_key")
@@ -181,7 +184,7 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     }  # fmt: skip
     if len(loc) == 1:
         return list(Config.model_fields)
-    return list((PriceConfig if "price" in loc[:-1] else sections.get(str(loc[0]), Config)).model_fields)
+    return list((PriceConfig if "price" in loc[2:-1] else sections.get(str(loc[0]), Config)).model_fields)
 
 
 def _hint(word: str, known: Mapping[str, Any] | list[str]) -> str:

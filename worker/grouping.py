@@ -15,7 +15,7 @@ class Group(Generic[Item, Answer]):
 
     An idle group sends at once, a busy one grows its groups by itself, so it adds no wait of its own. `send` gets 1 to
     `most` items and returns one answer for each, in order; what it raises is raised to every caller of that group. A
-    caller that is cancelled does not take its item back; when the sending itself is cancelled, so is everybody who waits.
+    caller that is cancelled does not take its item back; when the sending itself is cancelled, so are all who wait.
     """
 
     def __init__(self, send: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]], *, most: int = 500) -> None:

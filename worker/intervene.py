@@ -14,10 +14,11 @@ from worker.ledger import COUNTED, run
 _CANCEL = text(f"""
 WITH target AS (
     SELECT id FROM jobs
-    WHERE (id = ANY(CAST(:ids AS uuid[])) OR batch_id = :batch OR delivery_id = :delivery)
+    WHERE (id = ANY(CAST(:ids AS uuid[])) OR batch_id = :batch
+        OR delivery_id = :delivery AND (state = 'running' OR state = 'queued' AND dispatched_at IS NOT NULL))
       AND state IN ('queued', 'running') AND NOT (state = 'running' AND cancel_requested)
       AND (CAST(:tenant AS text) IS NULL OR tenant = :tenant)
-    ORDER BY id LIMIT :most FOR UPDATE
+    ORDER BY id LIMIT :most FOR NO KEY UPDATE
 ), moved AS (
     UPDATE jobs j SET
         cancel_requested = true,
@@ -62,7 +63,7 @@ WITH target AS (
     SELECT id, state AS was FROM jobs
     WHERE (id = ANY(CAST(:ids AS uuid[])) OR batch_id = :batch) AND state IN ('failed', 'cancelled', 'expired')
       AND EXISTS (SELECT FROM job_requests r WHERE r.job_id = jobs.id AND r.request IS NOT NULL)
-    ORDER BY id LIMIT :most FOR UPDATE
+    ORDER BY id LIMIT :most FOR NO KEY UPDATE
 ), moved AS (
     UPDATE jobs j SET state = 'queued', finished_at = NULL, error = NULL, attempts = 0, walk_fence = j.fence + 1,
         cancel_requested = false, dispatched_at = NULL, run_at = now(), deadline_at = now() + (j.deadline_at - j.created_at)
@@ -70,9 +71,13 @@ WITH target AS (
 ), uncounted AS (
     UPDATE batches b SET failed = b.failed - n.failed, cancelled = b.cancelled - n.cancelled, expired = b.expired - n.expired,
         state = CASE b.state WHEN 'finished' THEN 'open' ELSE b.state END, finished_at = NULL
-    FROM (SELECT batch_id, count(*) FILTER (WHERE was = 'failed') AS failed, count(*) FILTER (WHERE was = 'cancelled') AS cancelled,
-            count(*) FILTER (WHERE was = 'expired') AS expired FROM moved GROUP BY batch_id) n
-    WHERE b.id = n.batch_id
+    FROM (
+        SELECT o.id, m.* FROM (
+            SELECT batch_id, count(*) FILTER (WHERE was = 'failed') AS failed, count(*) FILTER (WHERE was = 'cancelled') AS cancelled,
+                count(*) FILTER (WHERE was = 'expired') AS expired
+            FROM moved WHERE batch_id IS NOT NULL GROUP BY batch_id
+        ) m JOIN batches o ON o.id = m.batch_id ORDER BY o.id FOR NO KEY UPDATE OF o
+    ) n WHERE b.id = n.id
 )
 SELECT id FROM moved
 """)

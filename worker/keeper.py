@@ -70,8 +70,11 @@ class Keeper:
 
     async def retire(self) -> None:
         """Everyone may know at once that this process has ended."""
-        async with self._db.connect() as connection:
-            await connection.execute(_RETIRE, {"id": self.worker_id})
+        try:
+            async with self._db.connect() as connection:
+                await connection.execute(_RETIRE, {"id": self.worker_id})
+        except DBAPIError as error:  # then the leader finds out, one TTL later
+            log.warning("not_retired", error=type(error.orig).__name__)
 
     async def beat(self, attempts: Attempts) -> None:
         """Every `heartbeat_s`, for ever: alive; hears what to cancel; gives back what stands under its name by mistake."""
@@ -94,6 +97,8 @@ class Keeper:
             await self.register()
             return
         self._seen_s = time.monotonic()
+        if self._settings.heartbeat_file:
+            self._settings.heartbeat_file.touch()
         mine = {row.job_id: row for row in rows if row.job_id}
         for job_id, row in mine.items():
             if row.cancel_requested and job_id in attempts.held:

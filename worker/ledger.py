@@ -2,6 +2,9 @@
 
 Each is one statement, so it happens whole or not at all, and each carries its guard: a write says which state, owner and fence it
 expects, and matching nothing is a legal answer (somebody else was faster, or the message was a duplicate).
+
+Nobody deadlocks: who waits for locks takes those of jobs first, in the order of their ids, then those of batches, in the order of
+theirs; whatever may as well come back later skips what is locked.
 """
 
 from __future__ import annotations
@@ -91,7 +94,7 @@ counted AS (
                 count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE state = 'failed') AS failed,
                 count(*) FILTER (WHERE state = 'cancelled') AS cancelled, count(*) FILTER (WHERE state = 'expired') AS expired
             FROM moved WHERE batch_id IS NOT NULL GROUP BY batch_id
-        ) m JOIN batches o ON o.id = m.batch_id WHERE m.ended > 0 ORDER BY o.id FOR UPDATE OF o
+        ) m JOIN batches o ON o.id = m.batch_id WHERE m.ended > 0 ORDER BY o.id FOR NO KEY UPDATE OF o
     ) n WHERE b.id = n.id
 )"""
 
@@ -101,11 +104,13 @@ WITH wanted AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:call_ids AS uuid[])) AS t(id, call_id)
 ), first AS (
     SELECT * FROM unnest(CAST(:chains AS text[]), CAST(:providers AS text[]), CAST(:models AS text[])) AS t(chain, provider, model)
+), ready AS (  -- what is locked is being claimed by another, cancelled, expired or withdrawn
+    SELECT id FROM jobs
+    WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND run_at <= now() AND deadline_at > now() AND NOT cancel_requested
+    FOR NO KEY UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE jobs j SET state = 'running', fence = j.fence + 1, worker_id = :worker
-    FROM wanted w
-    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.id = w.id
-      AND j.state = 'queued' AND j.run_at <= now() AND j.deadline_at > now() AND NOT j.cancel_requested
+    FROM ready r JOIN wanted w ON w.id = r.id WHERE j.id = r.id
     RETURNING j.id, j.fence, j.walk_fence, j.attempts, j.chain, j.lane, j.tenant, j.deadline_at, w.call_id
 ), opened AS (
     INSERT INTO provider_calls (id, job_id, fence, provider, model)
@@ -190,6 +195,9 @@ WITH ending AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[]), CAST(:states AS text[]), CAST(:answers AS jsonb[]),
         CAST(:errors AS jsonb[]), CAST(:run_after_s AS float8[]), CAST(:counted AS int[]), CAST(:new_walk AS bool[]))
         AS t(id, fence, state, answer, error, run_after_s, counted, new_walk)
+), held AS (
+    SELECT j.id, j.fence FROM jobs j JOIN ending e ON e.id = j.id AND e.fence = j.fence
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.state = 'running' ORDER BY j.id FOR NO KEY UPDATE OF j
 ), moved AS (
     UPDATE jobs j SET
         state = CASE WHEN e.state = 'queued' AND j.cancel_requested THEN 'cancelled' ELSE e.state END,
@@ -197,16 +205,17 @@ WITH ending AS (
         run_at = CASE WHEN e.state = 'queued' THEN now() + make_interval(secs => e.run_after_s) ELSE j.run_at END,
         walk_fence = CASE WHEN e.new_walk THEN j.fence + 1 ELSE j.walk_fence END,
         attempts = j.attempts + e.counted, error = e.error, worker_id = NULL, dispatched_at = NULL
-    FROM ending e
-    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.id = e.id AND j.fence = e.fence AND j.state = 'running'
+    FROM held h JOIN ending e ON e.id = h.id AND e.fence = h.fence WHERE j.id = h.id
     RETURNING j.id, j.fence, j.state, j.batch_id
 ), ours AS (
     SELECT id, fence FROM moved
     UNION ALL  -- a commit whose reply was lost is found done when it is sent again
-    SELECT e.id, e.fence FROM ending e JOIN results r ON r.job_id = e.id AND r.fence = e.fence WHERE :again
+    SELECT e.id, e.fence FROM ending e JOIN jobs j ON j.id = e.id AND j.fence = e.fence AND j.state = e.state
+    WHERE :again AND j.id = ANY(CAST(:ids AS uuid[]))
 ), answered AS (
     INSERT INTO results (job_id, fence, answer)
-    SELECT m.id, m.fence, e.answer FROM moved m JOIN ending e ON e.id = m.id WHERE m.state = 'succeeded'
+    SELECT m.id, m.fence, e.answer FROM moved m JOIN ending e ON e.id = m.id AND e.fence = m.fence
+    WHERE m.state = 'succeeded'
 ), call AS (
     SELECT * FROM unnest(CAST(:call_ids AS uuid[]), CAST(:call_jobs AS uuid[]), CAST(:call_fences AS bigint[]),
         CAST(:started AS timestamptz[]), CAST(:ended AS timestamptz[]), CAST(:latencies AS int[]), CAST(:outcomes AS text[]),
@@ -224,9 +233,9 @@ WITH ending AS (
     FROM call c LEFT JOIN ours o ON o.id = c.job_id AND o.fence = c.fence
     WHERE p.id = ANY(CAST(:call_ids AS uuid[])) AND p.id = c.id
 ), unsent AS (
-    DELETE FROM provider_calls WHERE id = ANY(CAST(:unsent AS uuid[])) AND outcome IS NULL
+    DELETE FROM provider_calls WHERE id = ANY(CAST(:unsent AS uuid[]))
 ), {COUNTED}
-SELECT id FROM ours
+SELECT id, fence FROM ours
 """)
 
 
@@ -268,8 +277,8 @@ async def settle(db: AsyncEngine, settlements: Sequence[Settlement], *, again: b
         sources=[call.price_source for _, call in calls],
         call_answers=[jsonb(call.answer.to_json() if call.answer else None) for _, call in calls],
     )
-    held = {row.id for row in rows}
-    return [settlement.job_id in held for settlement in settlements]
+    ours = {(row.id, row.fence) for row in rows}
+    return [(settlement.job_id, settlement.fence) in ours for settlement in settlements]
 
 
 async def run(db: AsyncEngine, statement: TextClause, **values: Any) -> list[Any]:
@@ -278,6 +287,7 @@ async def run(db: AsyncEngine, statement: TextClause, **values: Any) -> list[Any
         return list(result) if result.returns_rows else []
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
@@ -285,5 +295,5 @@ def jsonb(value: Mapping[str, Any] | None) -> str | None:
     """JSON that Postgres can store: NUL and lone surrogates, which it cannot, become U+FFFD."""
     if value is None:
         return None
-    encoded = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    encoded = _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
     return _NUL.sub(r"\1\\ufffd", encoded) if "\\u0000" in encoded else encoded

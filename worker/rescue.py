@@ -16,7 +16,7 @@ DEATH_COSTS = 3
 
 _EXPIRE = text(f"""
 WITH target AS (
-    SELECT id FROM jobs WHERE state = 'queued' AND deadline_at <= now() ORDER BY deadline_at LIMIT :most FOR UPDATE SKIP LOCKED
+    SELECT id FROM jobs WHERE state = 'queued' AND deadline_at <= now() ORDER BY deadline_at LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET state = 'expired', finished_at = now(), error = jsonb_build_object('code', 'deadline',
         'message', 'the deadline passed before any provider answered', 'providers', coalesce(j.error -> 'providers', '[]'))
@@ -34,7 +34,7 @@ async def expire(db: AsyncConnection, *, most: int = 1_000) -> list[UUID]:
 _RESCUE = text(f"""
 WITH target AS (
     SELECT j.id, j.fence, j.worker_id FROM jobs j JOIN workers w ON w.id = j.worker_id
-    WHERE j.state = 'running' AND w.state IN ('dead', 'gone') ORDER BY j.id LIMIT :most FOR UPDATE OF j SKIP LOCKED
+    WHERE j.state = 'running' AND w.state IN ('dead', 'gone') ORDER BY j.id LIMIT :most FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET
         state = CASE WHEN j.cancel_requested THEN 'cancelled' WHEN j.attempts + :death_costs >= :max_attempts THEN 'failed' ELSE 'queued' END,
@@ -58,11 +58,12 @@ async def rescue(db: AsyncConnection, *, most: int = 1_000) -> list[UUID]:
 
 
 _RELEASE = text("""
-WITH moved AS (
-    UPDATE jobs SET state = 'queued', worker_id = NULL, dispatched_at = NULL, run_at = now()
-    FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS t(id, fence)
-    WHERE jobs.id = t.id AND jobs.fence = t.fence AND state = 'running' AND worker_id = :worker
-    RETURNING jobs.id
+WITH target AS (
+    SELECT j.id FROM jobs j JOIN unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS t(id, fence) ON t.id = j.id AND t.fence = j.fence
+    WHERE j.state = 'running' AND j.worker_id = :worker FOR NO KEY UPDATE OF j SKIP LOCKED
+), moved AS (
+    UPDATE jobs j SET state = 'queued', worker_id = NULL, dispatched_at = NULL, run_at = now()
+    FROM target t WHERE j.id = t.id RETURNING j.id
 ), orphaned AS (
     UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now()
     FROM moved m WHERE p.job_id = m.id AND p.outcome IS NULL

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_SECRETS = Path("/run/secrets")
 
 
 class Settings(BaseSettings):
     """Frozen; every field is an environment variable `BACKSTOP_<FIELD>`, the two URLs also go without the prefix.
+    In a container, a file of that name under /run/secrets does as well; the environment wins.
 
     URLs left unset mean the embedded servers under `data`. Durations are seconds.
     """
 
-    model_config = SettingsConfigDict(env_prefix="BACKSTOP_", frozen=True, extra="ignore", populate_by_name=True)
-
-    database_url: str | None = Field(
-        None, validation_alias=AliasChoices("database_url", "DATABASE_URL", "BACKSTOP_DATABASE_URL")
+    model_config = SettingsConfigDict(
+        env_prefix="BACKSTOP_",
+        frozen=True,
+        extra="ignore",
+        populate_by_name=True,
+        secrets_dir=_SECRETS if _SECRETS.is_dir() else None,
     )
+
+    database_url: str | None = Field(None, validation_alias=AliasChoices("database_url", "DATABASE_URL", "BACKSTOP_DATABASE_URL"))
     redis_url: str | None = Field(None, validation_alias=AliasChoices("redis_url", "REDIS_URL", "BACKSTOP_REDIS_URL"))
     data: Path = Path(".backstop")
     config: Path = Path("backstop.toml")
-    log_format: str = "auto"  # auto (console on a terminal, else json) | console | json
-    log_level: str = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else json
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = "info"
 
     # One worker process.
     bulk_slots: int = Field(400, ge=1, le=10_000)  # bulk jobs in flight at once
@@ -31,5 +39,13 @@ class Settings(BaseSettings):
     pack_size: int = Field(50, ge=1, le=100)  # bulk jobs that travel in one Celery message
     heartbeat_s: float = Field(1.0, gt=0)
     heartbeat_ttl_s: float = Field(10.0, gt=0)  # silent for longer: dead, its jobs go to others
+    heartbeat_file: Path | None = None  # touched at every heartbeat, for a container's health check
     drain_s: float = Field(35.0, ge=0)  # after SIGTERM running calls may finish for so long
     dispatch_ttl_s: float = Field(30.0, gt=0)  # published but not claimed for so long: published again
+
+    @field_validator("heartbeat_ttl_s")
+    @classmethod
+    def _outlives_heartbeats(cls, value: float, others: ValidationInfo) -> float:
+        if value < 3 * others.data.get("heartbeat_s", 0):
+            raise ValueError("must be at least three times BACKSTOP_HEARTBEAT_S")
+        return value

@@ -10,21 +10,18 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = asyncio.Semaphore(count)
+        self._free = count
+        self._given_back = asyncio.Event()
         self._turn = asyncio.Lock()
 
     async def take(self, wanted: int) -> None:
-        """`wanted` slots are ours. Two packs never wait for each other's: who comes first takes all of its slots first."""
+        """`wanted` slots are ours, all at once. A pack that is larger than the lane has the whole lane to itself."""
         async with self._turn:
-            taken = 0
-            try:
-                while taken < wanted:
-                    await self._free.acquire()
-                    taken += 1
-            except asyncio.CancelledError:
-                self.give_back(taken)
-                raise
+            while self._free < min(wanted, self.count):
+                self._given_back.clear()
+                await self._given_back.wait()
+            self._free -= wanted
 
     def give_back(self, count: int = 1) -> None:
-        for _ in range(count):
-            self._free.release()
+        self._free += count
+        self._given_back.set()

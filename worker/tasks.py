@@ -9,10 +9,13 @@ from uuid import UUID
 import structlog
 from celery import Task, bootsteps
 from celery.signals import setup_logging, task_revoked
+from sqlalchemy.exc import DBAPIError
 
 from worker import events
 from worker.app import TASK, app
+from worker.database import unreachable
 from worker.dispatch import queue_name
+from worker.errors import BackstopError
 from worker.job import Lane
 from worker.loop import LoopThread
 from worker.settings import Settings
@@ -23,7 +26,7 @@ _LANES = {queue_name(lane): lane for lane in Lane}
 
 
 class Process(bootsteps.StartStopStep):
-    """Starts after the pool and before the consumer, so it is there when the first message comes; drains before the pool stops."""
+    """Starts after the pool and before the consumer, there when the first message comes; drains before the pool stops."""
 
     requires = ("celery.worker.components:Pool",)
     loop: LoopThread
@@ -32,7 +35,12 @@ class Process(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         lanes = [_LANES[name] for name in parent.app.amqp.queues.consume_from if name in _LANES]
         Process.loop = LoopThread()
-        Process.process = Process.loop.submit(WorkerProcess.open(Settings(), lanes)).result()
+        try:
+            Process.process = Process.loop.submit(WorkerProcess.open(Settings(), lanes)).result()
+        except (BackstopError, DBAPIError) as error:
+            fault = unreachable(error) if isinstance(error, DBAPIError) else error
+            log.critical("not_started", why=str(fault))
+            raise SystemExit(fault.exit_code) from None  # Celery would show a trace of anything else
 
     def stop(self, parent: Any) -> None:
         if hasattr(Process, "process"):  # it did start

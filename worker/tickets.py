@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -64,7 +64,7 @@ class Source:
         if self.kind == "csv":
             self.delimiter = _delimiter(text.sample)
             self.kind = "tsv" if self.delimiter == "\t" else "csv"
-            records = _records(text, self.delimiter)
+            records = _records(text, self.delimiter, text.place)
             self.columns = _header(records, text.place)
             self._read = _table(records, self.columns, text.place)
         else:
@@ -127,21 +127,23 @@ def _delimiter(text: str) -> str:
     beginning = text.lstrip("\r\n")[:65_536]
 
     def score(delimiter: str) -> tuple[float, int]:
-        try:
-            reader = csv.reader(io.StringIO(beginning, newline=""), delimiter=delimiter)
-            widths = [len(record) for record in islice(reader, 100) if record]
-        except csv.Error:
+        widths = []
+        with suppress(UsageError):  # of a row that is cut off inside quotes
+            for record, fault in islice(_records(io.StringIO(beginning, newline=""), delimiter, Place("")), 100):
+                if record or fault:
+                    widths.append(len(record))
+        if not widths or widths[0] < 2:
             return 0.0, 0
-        widths = widths[:-1] if len(widths) > 2 else widths  # the last may be cut off
-        return (widths.count(widths[0]) / len(widths), widths[0]) if widths[0] > 1 else (0.0, 0)
+        whole = widths[:-1] if len(widths) > 2 else widths  # the last may be cut off
+        return whole.count(whole[0]) / len(whole), whole[0]
 
     return max(_DELIMITERS, key=score)
 
 
-def _records(text: TextFile, delimiter: str) -> Iterator[tuple[list[str], str | None]]:
+def _records(lines: Iterable[str], delimiter: str, place: Place) -> Iterator[tuple[list[str], str | None]]:
     """Fields of each record, or what is wrong with it. Strict: else the reader mends quotes by silent guesses."""
     csv.field_size_limit(MOST_CHARS)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         began = reader.line_num + 1
         try:
@@ -151,7 +153,7 @@ def _records(text: TextFile, delimiter: str) -> Iterator[tuple[list[str], str | 
         except csv.Error as error:
             if "unexpected end" in str(error) or "field larger" in str(error):
                 raise UsageError(
-                    f'{text.place}: a quote (") that opens in line {began} or after is never closed: close it, '
+                    f'{place}: a quote (") that opens in line {began} or after is never closed: close it, '
                     'or double it ("") where it is meant as text'
                 ) from None
             yield [], f'broken quoting from line {began} on: a quote (") inside a quoted field must be doubled ("")'

@@ -15,6 +15,7 @@ from typing import Self
 from uuid import UUID
 
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -57,12 +58,14 @@ class Endings:
         self._waited_for = asyncio.Event()
         self._first_looks: Group[Collection[UUID], set[UUID]] = Group(self._look)
         self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._poll())]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing = True  # redis-py swallows a cancellation that meets it while it connects
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -120,15 +123,18 @@ class Endings:
                 self._ended(await self._ended_among(self._waits.keys()))
 
     async def _listen(self) -> None:
-        while True:
+        while not self._closing:
             with suppress(RedisError, OSError):
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
-                    await channel.subscribe(CHANNEL)
-                    while True:
-                        message = await channel.get_message(timeout=_IDLE_S)
-                        if message is not None:
-                            self._ended(_job_ids(message["data"]))
+                    await self._hear(channel)
             await asyncio.sleep(_RESUBSCRIBE_S)
+
+    async def _hear(self, channel: PubSub) -> None:
+        await channel.subscribe(CHANNEL)
+        while not self._closing:
+            message = await channel.get_message(timeout=_IDLE_S)
+            if message is not None:
+                self._ended(_job_ids(message["data"]))
 
 
 def _job_ids(payload: bytes | str) -> list[UUID]:

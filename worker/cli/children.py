@@ -12,11 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from worker.embedded.launch import end_with_parent
 from worker.errors import BackstopError
 
 
 class Children:
-    """Each has a log under `logs`. Leaving the context stops them all, the last started first, within their grace."""
+    """Each has a log under `logs`. Leaving the context stops them all, the last started first, within their grace.
+
+    On Linux they stop as well when this process is killed. Use it from the main thread: the kernel tells them when the
+    thread that started them is gone.
+    """
 
     def __init__(self, logs: Path, *, grace_s: float = 45) -> None:
         self._logs = logs
@@ -25,19 +30,24 @@ class Children:
 
     def __enter__(self) -> Self:
         self._logs.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop from outside leaves the context as Ctrl-C does
+        for number in (signal.SIGTERM, signal.SIGHUP):  # a stop from outside leaves the context as Ctrl-C does
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:  # nohup is respected
+                signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's `backstop up &` can still be interrupted
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return self
 
     def start(self, name: str, arguments: Sequence[str], extra: Mapping[str, str] | None = None) -> None:
         """`backstop` with these arguments runs as a child, its words in `logs/NAME.log`."""
         with (self._logs / f"{name}.log").open("ab") as log:
-            self._running[name] = subprocess.Popen(
+            self._running[name] = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-m", "worker", *arguments],
                 env={**os.environ, **(extra or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is ours to pass on, in order
+                preexec_fn=end_with_parent(signal.SIGTERM) if sys.platform == "linux" else None,
             )
 
     def check(self) -> None:
@@ -51,6 +61,12 @@ class Children:
         return {name: child.pid for name, child in self._running.items()}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._stop()
+        except KeyboardInterrupt:  # asked twice: at once, then
+            self._kill()
+
+    def _stop(self) -> None:
         for child in reversed(self._running.values()):
             if child.poll() is None:
                 child.send_signal(signal.SIGTERM)
@@ -61,6 +77,12 @@ class Children:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+
+    def _kill(self) -> None:
+        for child in self._running.values():
+            child.kill()
+        for child in self._running.values():
+            child.wait()
 
 
 def _last_line(log: Path) -> str:

@@ -6,15 +6,16 @@ import asyncio
 import os
 import secrets
 import socket
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
+import httpx
 import uvicorn
 
-from worker import keys
+from worker import keys, reads
 from worker.cli.children import Children
 from worker.cli.screen import say
 from worker.cli.session import read_settings, servers, with_ledger
@@ -29,39 +30,46 @@ from worker.wiring import Connections
 HOST = "127.0.0.1"
 API_PORT = 8000
 FLOWER_PORT = 5555
+PORT = click.IntRange(1, 65_535)
 CHECK_S = 0.5
 SCRIPT = Path(__file__).parents[1] / "simulator" / "default.toml"
 
 
 @click.command()
 @click.option("--host", default=HOST, show_default=True, help="Where the API listens. Keys are always needed.")
-@click.option("--port", default=API_PORT, show_default=True)
+@click.option("--port", type=PORT, default=API_PORT, show_default=True)
 @click.option("--concurrency", type=click.IntRange(1, 10_000), help="Bulk jobs in flight at once (default 400).")
-@click.option("--flower-port", default=FLOWER_PORT, show_default=True)
+@click.option("--flower-port", type=PORT, default=FLOWER_PORT, show_default=True)
 @click.option("--no-flower", is_flag=True, help="Without Flower.")
 def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flower: bool) -> None:
     """Servers (if none are given), migrations, workers, API, Flower; Ctrl-C stops them all."""
-    checked = _checked(read_settings())
+    settings = read_settings()
+    checked = _checked(settings)
     _check_free(host, port, "--port")
     if not no_flower:
         _check_free(HOST, flower_port, "--flower-port")
     if concurrency:
         os.environ["BACKSTOP_BULK_SLOTS"] = str(concurrency)
+    say(f"starting {'servers, ' if _embeds(settings) else ''}workers and API")
     with servers() as settings, Children(settings.data.absolute() / "logs", grace_s=settings.drain_s + 10) as children:
         key_file = first_key(settings.data)
         for lane in Lane:
             children.start(f"worker-{lane}", ["worker", "--lane", lane])
         children.start("api", ["api", "--host", host, "--port", str(port)])
         children.start("beat", ["beat"])
+        with_ledger(partial(_until_up, children=children, ready=f"http://{host}:{port}/readyz"))
         say(f"API      http://{host}:{port}   key in {key_file}, documentation at /docs")
         if not no_flower:
             children.start("flower", ["flower", "--port", str(flower_port)])
             say(f"Flower   http://{HOST}:{flower_port}   login in {_flower_login(settings.data)}")
         say(f"workers  {', '.join(Lane)}; providers {', '.join(checked)}; logs in {settings.data / 'logs'}")
         say("Ctrl-C stops everything")
-        while True:
-            children.check()
-            time.sleep(CHECK_S)
+        try:
+            while True:
+                children.check()
+                time.sleep(CHECK_S)
+        except KeyboardInterrupt:  # how it is meant to end, so no error
+            say(f"stopping; running calls have {settings.drain_s:.0f} s (Ctrl-C again: at once)")
 
 
 @click.command()
@@ -91,7 +99,7 @@ def worker(lanes: Sequence[str], concurrency: int | None) -> None:
 
 @click.command()
 @click.option("--host", default=HOST, show_default=True)
-@click.option("--port", default=API_PORT, show_default=True)
+@click.option("--port", type=PORT, default=API_PORT, show_default=True)
 def api(host: str, port: int) -> None:
     """The REST API, for producers and for people who poll results."""
     _checked(read_settings(), with_keys=False)
@@ -111,13 +119,12 @@ def beat() -> None:
     with servers() as settings:
         from worker.app import app
 
-        pidfile = settings.data.absolute() / "beat.pid"
-        pidfile.unlink(missing_ok=True)
+        settings.data.mkdir(parents=True, exist_ok=True)  # its schedule goes there
         app.start(["beat", f"--loglevel={settings.log_level}", "--pidfile="])
 
 
 @click.command()
-@click.option("--port", default=FLOWER_PORT, show_default=True)
+@click.option("--port", type=PORT, default=FLOWER_PORT, show_default=True)
 @click.option("--address", default=HOST, show_default=True, help="Where it listens.")
 def flower(port: int, address: str) -> None:
     """Flower: workers, queues and tasks as they run. Read-only, behind a password."""
@@ -142,7 +149,7 @@ def flower(port: int, address: str) -> None:
 
 @click.command()
 @click.option("--host", default=HOST, show_default=True)
-@click.option("--port", default=9090, show_default=True)
+@click.option("--port", type=PORT, default=9090, show_default=True)
 @click.option(
     "--script",
     "file",
@@ -193,9 +200,33 @@ def _checked(settings: Settings, *, with_keys: bool = True) -> list[str]:
 
 
 def _check_free(host: str, port: int, option: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UsageError(f"port {port} on {host} cannot be used ({error.strerror}): choose another with {option}") from None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UsageError(f"port {port} on {host} cannot be used ({error.strerror}): choose another with {option}") from None
+
+
+def _embeds(settings: Settings) -> bool:
+    return not (settings.database_url and settings.redis_url)
+
+
+async def _until_up(open_: Connections, *, children: Children, ready: str) -> None:
+    """The API is ready and every worker has registered. Raises BackstopError when one of them has ended instead."""
+    ours = {pid for name, pid in children.pids().items() if name.startswith("worker-")}
+    async with httpx.AsyncClient(timeout=2, trust_env=False) as http:
+        while True:
+            children.check()
+            live = {worker.pid for worker in await reads.workers(open_.db) if worker.state == "live"}
+            if ours <= live and await _answers(http, ready):
+                return
+            await asyncio.sleep(0.1)
+
+
+async def _answers(http: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await http.get(url)).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -51,7 +51,7 @@ def start(launch: Launch, *, directory: Path, log: IO[bytes], lock: int, stop: s
         user=user,
         group=group,
         extra_groups=groups,
-        preexec_fn=_end_with_parent(stop) if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent(stop) if sys.platform == "linux" else None,
     )
     assert process.stdin is not None
     with suppress(BrokenPipeError), process.stdin:  # it ended before it read: its exit code and log say why
@@ -80,7 +80,8 @@ def _identity(account: Account | None) -> tuple[int | None, int | None, list[int
     return (account.user, account.group, []) if account else (None, None, None)
 
 
-def _end_with_parent(stop: signal.Signals) -> Callable[[], None]:
+def end_with_parent(stop: signal.Signals) -> Callable[[], None]:
+    """For `preexec_fn` on Linux: the kernel sends the child `stop` when the thread that forked it is gone."""
     parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
 
     def ask_the_kernel() -> None:

@@ -82,9 +82,8 @@ class Breakers:
         waiting_ms = self._denied_for_ms(provider)
         if waiting_ms > 0:
             return self._admission(self._seen[provider][0]._replace(retry_ms=waiting_ms), "")
-        if self._local is None:
-            with suppress(_Lost):
-                return self._admission(*await self._admits.ask((provider, _milliseconds(lease_s))))
+        with suppress(_Lost):
+            return self._admission(*await self._admits.ask((provider, _milliseconds(lease_s))))
         lease = uuid4().hex
         look = self._circuit(provider).admit(_now_ms(), lease, _milliseconds(lease_s))
         return self._admission(look._replace(generation=-look.generation), lease)
@@ -103,14 +102,14 @@ class Breakers:
         """The call that `admission` allowed has counted, unless the breaker has moved on since.
 
         `block_s`: the provider asked all of us to wait so long (at most an hour). `isolate_s`: it refuses us for a
-        fault of key, quota or configuration (at most a day). `reason`: a short code for `Status`, never a provider's text.
+        fault of key, quota or configuration (at most a day). `reason`: a short code for `Status`, no provider's text.
         """
         if not admission.allowed:
             return
         generation, lease = abs(admission.generation), admission.lease if admission.probe else ""
         waits = _milliseconds(block_s), _milliseconds(isolate_s)
         report = Report(generation, lease, verdict, slow, *waits, reason[:100])
-        if self._local is None and admission.generation > 0:
+        if admission.generation > 0:
             with suppress(_Lost):
                 await self._reports.ask((provider, report))
                 return
@@ -129,10 +128,9 @@ class Breakers:
 
     async def status(self, providers: Sequence[str]) -> list[Status]:
         """How they are, in the order asked; from Redis, or `local` when it does not answer."""
-        if self._local is None:
-            with suppress(_Lost):
-                now, circuits = await self._shared(lambda store: store.circuits(providers))
-                return [describe(p, c, now, local=False) for p, c in zip(providers, circuits, strict=True)]
+        with suppress(_Lost):
+            now, circuits = await self._shared(lambda store: store.circuits(providers))
+            return [describe(p, c, now, local=False) for p, c in zip(providers, circuits, strict=True)]
         return [describe(provider, self._circuit(provider), _now_ms(), local=True) for provider in providers]
 
     async def force(self, provider: str, state: Literal["open", "closed", "reset"]) -> Status:

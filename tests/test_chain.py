@@ -1,0 +1,769 @@
+"""The chain with the real breakers, asked of scripted providers; time is virtual where it matters."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
+
+from worker import chain as chain_module
+from worker.chain import (
+    FAILOVER_S,
+    LEAST_CALL_S,
+    RETRY_CAP_S,
+    Answered,
+    Chain,
+    Exhausted,
+    Outcome,
+    OutOfTime,
+    Parked,
+    Refused,
+    Station,
+    Walk,
+)
+from worker.config import ChainConfig, ProviderConfig
+from worker.cost import Pricing, Usage
+from worker.grouping import Group
+from worker.job import Answer, ChatRequest, Lane, new_id
+from worker.ledger import Asked, Claim, NewCall
+from worker.providers.provider import Reply
+from worker.resilience import breaker as breaker_module
+from worker.resilience.breaker import Breakers
+from worker.resilience.circuit import RULES
+from worker.signals import POLICIES, Next, Signal, Verdict
+
+FAILED = Signal.SERVER_ERROR
+SCHEMA = {"type": "object", "required": ["label"], "properties": {"label": {"type": "string"}}}
+WITH_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}
+USAGE = Usage(1_000, 100)
+CALL_USD = Decimal("0.0012")  # of USAGE at 1 and 2 USD per million
+
+Step = Reply | Exception | Callable[[float], Awaitable[Reply]]
+
+
+def answered(content: str = "hello") -> Reply:
+    answer = Answer(content=content, finish_reason="stop", provider="p", model="m", usage=USAGE)
+    return Reply(signal=Signal.ANSWERED, answer=answer, usage=USAGE, http_status=200)
+
+
+def failed(signal: Signal = FAILED, **more: Any) -> Reply:
+    return Reply(signal=signal, **more)
+
+
+def lasting(seconds: float, reply: Reply) -> Callable[[float], Awaitable[Reply]]:
+    """A provider that keeps its contract: the reply, or TIMED_OUT when that comes first."""
+
+    async def play(timeout_s: float) -> Reply:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.sleep(seconds)
+        except TimeoutError:
+            return Reply(signal=Signal.TIMED_OUT)
+        return reply
+
+    return play
+
+
+async def hangs(timeout_s: float) -> Reply:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@dataclass
+class Scripted:
+    """Gives its replies in order, the last one for ever; writes down what it was asked."""
+
+    name: str
+    replies: list[Step]
+    diary: list[tuple[Any, ...]]
+    model: str = "m"
+
+    async def complete(self, request: ChatRequest, *, timeout_s: float, call_id: str) -> Reply:
+        self.diary.append(("sent", self.name, call_id, chain_module.time.monotonic(), timeout_s))
+        step = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(step, Exception):
+            raise step
+        return step if isinstance(step, Reply) else await step(timeout_s)
+
+
+class Overheard(Breakers):
+    """The real breakers; what they are told is written down."""
+
+    diary: list[tuple[Any, ...]]
+
+    async def report(self, provider, admission, verdict, **more):
+        self.diary.append(("told", provider, verdict))
+        await super().report(provider, admission, verdict, **more)
+
+
+@dataclass
+class Stage:
+    """A chain of scripted providers, in the order given, and a diary of what happened in it."""
+
+    script: dict[str, list[Step]]
+    breakers: Overheard = field(default_factory=lambda: Overheard(None))
+    config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    opening: Exception | Callable[[], Awaitable[None]] | None = None
+    may_call: Callable[[], bool] = lambda: True
+    rng: Callable[[], float] = lambda: 0.0
+    diary: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.breakers.diary = self.diary
+        stations = {}
+        for name, replies in self.script.items():
+            config = ProviderConfig.model_validate(
+                {"base_url": "http://127.0.0.1:1/v1", "model": "m", "price": {"input": "1", "output": "2"}}
+                | self.config.get(name, {})
+            )
+            stations[name] = Station(
+                provider=Scripted(name, list(replies), self.diary), config=config, pricing=Pricing.of(config)
+            )
+        self.chain = Chain(stations, self.breakers, Group(self.open), self.may_call, rng=self.rng)
+
+    async def open(self, calls: list[NewCall]) -> list[None]:
+        if isinstance(self.opening, Exception):
+            raise self.opening
+        if self.opening is not None:
+            await self.opening()
+        self.diary += [("opened", call.provider, str(call.id)) for call in calls]
+        return [None] * len(calls)
+
+    async def run(self, walk: Walk) -> Outcome:
+        return await self.chain.answer(walk, ChainConfig(providers=tuple(self.script)))
+
+    def said(self, kind: str) -> list[str]:
+        return [entry[1] for entry in self.diary if entry[0] == kind]
+
+    def told(self, provider: str) -> list[Verdict]:
+        return [entry[2] for entry in self.diary if entry[:2] == ("told", provider)]
+
+
+def a_claim(**changes: Any) -> Claim:
+    values: dict[str, Any] = {
+        "job_id": new_id(), "fence": 1, "attempts": 0, "chain": "default", "lane": Lane.BULK, "tenant": "default",
+        "request": ChatRequest([{"role": "user", "content": "hi"}]), "remaining_s": 60.0, "asked": (),
+        "opened_id": None, "opened_provider": None,
+    }  # fmt: skip
+    return Claim(**(values | changes))
+
+
+def walked(stage: Stage, **claim: Any) -> tuple[Outcome, Walk]:
+    async def main() -> tuple[Outcome, Walk]:
+        walk = Walk(a_claim(**claim))
+        return await stage.run(walk), walk
+
+    return asyncio.run(main())
+
+
+def reasons(walk: Walk) -> list[tuple[str, str]]:
+    return [(reason.provider, reason.reason) for reason in walk.reasons]
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Its clock jumps to the next timer as soon as nothing else is left to do."""
+
+    now_s = 1_000.0
+
+    def time(self) -> float:
+        return self.now_s
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:
+            self.now_s = max(self.now_s, self._scheduled[0].when())
+        super()._run_once()
+
+
+@contextmanager
+def virtual_time() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner, pytest.MonkeyPatch.context() as patch:
+        loop = runner.get_loop()
+        clock = SimpleNamespace(monotonic=loop.time, monotonic_ns=lambda: int(loop.time() * 1e9))
+        patch.setattr(chain_module, "time", clock)
+        patch.setattr(breaker_module, "time", clock)
+        yield runner
+
+
+def virtually(stage: Stage, **claim: Any) -> tuple[Outcome, Walk, float]:
+    """Outcome, walk, and how long it took."""
+    with virtual_time() as runner:
+
+        async def main() -> tuple[Outcome, Walk, float]:
+            walk = Walk(a_claim(**claim))
+            began_s = chain_module.time.monotonic()
+            return await stage.run(walk), walk, chain_module.time.monotonic() - began_s
+
+        return runner.run(main())
+
+
+# --- order, reasons, costs ---
+
+
+def test_providers_are_asked_in_order_until_the_first_answer():
+    stage = Stage({"a": [failed(Signal.OVERLOADED)], "b": [failed(Signal.DROPPED)], "c": [answered()], "d": [answered()]})
+    outcome, walk = walked(stage)
+    assert isinstance(outcome, Answered)
+    assert stage.said("sent") == ["a", "b", "c"]
+    assert reasons(walk) == [("a", "overloaded"), ("b", "dropped")]
+
+
+def test_a_failed_provider_leaves_status_code_and_wait_in_its_reason():
+    stage = Stage({"a": [failed(Signal.OVERLOADED, http_status=503, error_code="busy", retry_after_s=7)], "b": [answered()]})
+    _, walk = walked(stage)
+    assert walk.reasons[0].to_json() == {
+        "provider": "a", "reason": "overloaded", "http_status": 503, "error_code": "busy", "retry_after_s": 7,
+    }  # fmt: skip
+
+
+def test_every_call_is_booked_with_its_cost_also_the_failed_ones():
+    billed_and_useless = Reply(signal=Signal.MALFORMED, usage=USAGE)
+    stage = Stage({"a": [billed_and_useless], "b": [failed(Signal.DROPPED)], "c": [answered()]})
+    _, walk = walked(stage)
+    assert [(call.provider, call.cost_usd) for call in walk.calls] == [("a", CALL_USD), ("b", None), ("c", CALL_USD)]
+
+
+def test_a_call_is_on_the_books_before_its_request_leaves():
+    stage = Stage({"a": [failed()], "b": [answered()]})
+    walked(stage)
+    events = [entry[:3] for entry in stage.diary if entry[0] in ("opened", "sent")]
+    assert [entry[0] for entry in events] == ["opened", "sent"] * 3  # a, a again, b
+    assert all(events[i][1:] == events[i + 1][1:] for i in (0, 2, 4))
+
+
+def test_the_row_opened_by_the_claim_is_used_for_its_provider_only_once():
+    row = new_id()
+    stage = Stage({"a": [failed()], "b": [answered()]})
+    _, walk = walked(stage, opened_id=row, opened_provider="a")
+    assert [call.id == row for call in walk.calls] == [True, False, False]
+    assert walk.unsent == []
+
+
+def test_a_row_opened_for_a_provider_that_was_not_asked_is_unsent():
+    row = new_id()
+    stage = Stage({"a": [answered()]})
+    _, walk = walked(stage, opened_id=row, opened_provider="z")
+    assert walk.unsent == [row]
+
+
+def test_an_adapter_that_breaks_its_contract_is_its_providers_fault_not_the_jobs():
+    stage = Stage({"a": [KeyError("usage")], "b": [answered()]})
+    outcome, walk = walked(stage)
+    assert isinstance(outcome, Answered)
+    assert (walk.calls[0].signal, walk.calls[0].cost_usd) == (Signal.DROPPED, None)
+    assert stage.told("a") == [Verdict.FAILURE]
+
+
+# --- what signals do ---
+
+
+@pytest.mark.parametrize("signal", [Signal.INVALID_REQUEST, Signal.CONTENT_POLICY])
+def test_a_request_nobody_may_answer_ends_the_walk(signal):
+    stage = Stage({"a": [failed(signal)], "b": [answered()]})
+    outcome, _ = walked(stage)
+    assert outcome == Refused(signal)
+    assert stage.said("sent") == ["a"]
+
+
+@pytest.mark.parametrize("signal", [Signal.UNAUTHORIZED, Signal.QUOTA_EXHAUSTED, Signal.MODEL_NOT_FOUND])
+def test_a_fault_of_key_quota_or_model_isolates_the_provider_for_everyone_and_the_chain_goes_on(signal, redis_url):
+    async def main() -> None:
+        here, there = Redis.from_url(redis_url), Redis.from_url(redis_url)
+        async with here, there:
+            await play(here, there)
+
+    async def play(here: Redis, there: Redis) -> None:
+        one = Stage({"a": [failed(signal)], "b": [answered()]}, breakers=Overheard(here))
+        other = Stage({"a": [answered()], "b": [answered()]}, breakers=Overheard(there))
+        assert isinstance(await one.run(Walk(a_claim())), Answered)
+        walk = Walk(a_claim())
+        assert isinstance(await other.run(walk), Answered)
+        assert reasons(walk) == [("a", "isolated")]
+        assert other.said("sent") == ["b"]
+
+    asyncio.run(main())
+
+
+def test_a_request_too_long_goes_only_to_larger_windows():
+    windows = {"a": {"context_tokens": 8_000}, "b": {"context_tokens": 8_000}, "c": {"context_tokens": 128_000}}
+    too_long = failed(Signal.CONTEXT_TOO_LONG)
+    outcome, walk = walked(Stage({"a": [too_long], "b": [answered()], "c": [answered()]}, config=windows))
+    assert isinstance(outcome, Answered)
+    assert [call.provider for call in walk.calls] == ["a", "c"]
+    assert reasons(walk) == [("a", "context_too_long"), ("b", "window_too_small")]
+
+
+def test_a_request_too_long_for_all_windows_is_refused_at_once():
+    windows = {"a": {"context_tokens": 8_000}, "b": {"context_tokens": 4_000}}
+    outcome, _ = walked(Stage({"a": [failed(Signal.CONTEXT_TOO_LONG)], "b": [answered()]}, config=windows))
+    assert outcome == Refused(Signal.CONTEXT_TOO_LONG)
+
+
+def test_an_answer_that_does_not_fit_is_paid_and_the_next_provider_is_asked():
+    stage = Stage({"a": [answered('{"label": 1}')], "b": [answered('{"label": "x"}')]})
+    outcome, walk = walked(stage, request=ChatRequest([], WITH_SCHEMA))
+    assert isinstance(outcome, Answered)
+    assert outcome.answer.content == '{"label": "x"}'
+    assert [(c.signal, c.cost_usd, c.answer is None) for c in walk.calls] == [
+        (Signal.UNFIT, CALL_USD, True),
+        (Signal.ANSWERED, CALL_USD, False),
+    ]
+    assert stage.told("a") == [Verdict.SUCCESS]
+
+
+def test_when_nobody_answers_in_the_wanted_shape_the_job_is_refused():
+    outcome, _ = walked(Stage({"a": [answered("no")], "b": [answered("nor I")]}), request=ChatRequest([], WITH_SCHEMA))
+    assert outcome == Refused(Signal.UNFIT)
+
+
+def test_a_schema_that_is_none_is_refused_before_anything_is_paid():
+    parameters = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}
+    stage = Stage({"a": [answered()]})
+    outcome, walk = walked(stage, request=ChatRequest([], parameters))
+    assert outcome == Refused(Signal.INVALID_REQUEST)
+    assert stage.said("sent") == []
+    assert walk.calls == []
+
+
+def test_everyone_asked_and_failed_is_exhausted_with_a_reason_each():
+    outcome, walk = walked(Stage({"a": [failed()], "b": [failed(Signal.UNREACHABLE)]}))
+    assert outcome == Exhausted()
+    assert reasons(walk) == [("a", "server_error"), ("b", "unreachable")]
+
+
+# --- retries ---
+
+
+def test_a_passing_fault_is_asked_once_more_and_counts_as_success():
+    stage = Stage({"a": [failed(), answered()], "b": [answered()]})
+    outcome, walk = walked(stage)
+    assert isinstance(outcome, Answered)
+    assert stage.said("sent") == ["a", "a"]
+    assert stage.told("a") == [Verdict.SUCCESS]
+    assert [call.signal for call in walk.calls] == [FAILED, Signal.ANSWERED]
+
+
+@pytest.mark.parametrize("signal", [s for s, policy in POLICIES.items() if not policy.retry and s is not Signal.ANSWERED])
+def test_what_a_retry_cannot_help_is_not_retried(signal):
+    stage = Stage({"a": [failed(signal)]}, config={"a": {"max_retries": 5}})
+    walked(stage)
+    assert stage.said("sent") == ["a"]
+
+
+def test_no_retry_when_the_next_provider_is_nearer():
+    slow = lasting(FAILOVER_S * 0.6, failed())
+    outcome, walk, took_s = virtually(Stage({"a": [slow], "b": [answered()]}))
+    assert isinstance(outcome, Answered)
+    assert [call.provider for call in walk.calls] == ["a", "b"]
+    assert took_s < FAILOVER_S
+
+
+def test_the_last_provider_is_retried_however_long_its_failure_took():
+    stage = Stage({"a": [lasting(3, failed()), answered()]})
+    outcome, walk, _ = virtually(stage)
+    assert isinstance(outcome, Answered)
+    assert len(walk.calls) == 2
+
+
+def test_a_retry_waits_as_long_as_the_provider_asked():
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=4), answered()]})
+    outcome, _, took_s = virtually(stage)
+    assert isinstance(outcome, Answered)
+    assert took_s == pytest.approx(4)
+
+
+def test_a_wait_too_long_for_a_slot_is_left_to_the_breaker():
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=RETRY_CAP_S + 1), answered()]})
+    outcome, _, took_s = virtually(stage, remaining_s=86_400)
+    assert outcome == Exhausted()
+    assert took_s == 0
+
+
+def test_no_retry_that_would_begin_past_the_deadline():
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=4), answered()]})
+    outcome, walk, took_s = virtually(stage, remaining_s=4 + LEAST_CALL_S / 2)
+    assert outcome == Exhausted()
+    assert len(walk.calls) == 1
+    assert took_s == 0
+
+
+def test_a_worker_that_lost_its_heartbeat_while_waiting_does_not_retry():
+    alive = iter([True, True, False])
+    stage = Stage({"a": [failed(), answered()]}, may_call=lambda: next(alive))
+    outcome, walk = walked(stage)
+    assert outcome == Exhausted()
+    assert [call.signal for call in walk.calls] == [FAILED]
+    assert len(walk.unsent) == 1
+    assert stage.told("a") == [Verdict.FAILURE]
+
+
+def test_a_worker_without_a_heartbeat_asks_nobody():
+    stage = Stage({"a": [answered()]}, may_call=lambda: False)
+    assert walked(stage)[0] == Parked(0)
+    assert stage.diary == []
+
+
+# --- the breaker ---
+
+
+def test_the_breaker_is_told_once_a_step_however_often_it_was_retried():
+    stage = Stage({"a": [failed()], "b": [failed(Signal.RATE_LIMITED)]}, config={"a": {"max_retries": 3}})
+    walked(stage)
+    assert stage.said("sent") == ["a"] * 4 + ["b"] * 2
+    assert stage.said("told") == ["a", "b"]
+
+
+def with_redis(redis_url: str, main: Callable[[Redis], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with Redis.from_url(redis_url) as redis:
+            await main(redis)
+
+    asyncio.run(run())
+
+
+async def opened(breakers: Breakers, provider: str) -> None:
+    """Its breaker is open, by failures in a row."""
+    for _ in range(RULES.fails_in_a_row):
+        admission = await breakers.admit(provider, lease_s=1)
+        await breakers.report(provider, admission, Verdict.FAILURE)
+
+
+async def half_open(breakers: Breakers, provider: str) -> None:
+    """Its next call is the probe."""
+    admission = await breakers.admit(provider, lease_s=1)
+    await breakers.report(provider, admission, Verdict.NEUTRAL, isolate_s=0.001)
+    breakers._seen.clear()  # another process has not heard of it either
+
+
+def test_when_all_are_denied_the_job_is_parked_until_the_first_may_be_asked(redis_url):
+    async def main(redis: Redis) -> None:
+        breakers = Overheard(redis)
+        stage = Stage({"a": [answered()], "b": [answered()]}, breakers=breakers)
+        for name, wait_s in (("a", 50), ("b", 20)):
+            admission = await breakers.admit(name, lease_s=1)
+            await breakers.report(name, admission, Verdict.NEUTRAL, block_s=wait_s)
+        walk = Walk(a_claim(opened_id=new_id(), opened_provider="a"))
+        outcome = await stage.run(walk)
+        assert isinstance(outcome, Parked)
+        assert 19 < outcome.retry_after_s <= 20
+        assert [provider for provider, _ in reasons(walk)] == ["a", "b"]
+        assert walk.unsent == [walk.claim.opened_id]
+        assert stage.said("sent") == []
+
+    with_redis(redis_url, main)
+
+
+def test_who_was_denied_is_skipped_with_the_breakers_state_as_reason(redis_url):
+    async def main(redis: Redis) -> None:
+        stage = Stage({"a": [answered()], "b": [failed()]}, breakers=Overheard(redis))
+        await opened(stage.breakers, "a")
+        walk = Walk(a_claim())
+        assert await stage.run(walk) == Exhausted()  # b could be asked, so this is no parking
+        assert reasons(walk) == [("a", "open"), ("b", "server_error")]
+
+    with_redis(redis_url, main)
+
+
+def test_a_probe_is_not_retried(redis_url):
+    async def main(redis: Redis) -> None:
+        stage = Stage({"a": [failed()]}, breakers=Overheard(redis), config={"a": {"max_retries": 3}})
+        await half_open(stage.breakers, "a")
+        await asyncio.sleep(0.002)
+        await stage.run(Walk(a_claim()))
+        assert stage.said("sent") == ["a"]
+
+    with_redis(redis_url, main)
+
+
+def test_a_cancelled_walk_books_its_call_and_frees_the_probe(redis_url):
+    async def main(redis: Redis) -> None:
+        stage = Stage({"a": [hangs, answered()]}, breakers=Overheard(redis))
+        await half_open(stage.breakers, "a")
+        await asyncio.sleep(0.002)
+        walk = Walk(a_claim())
+        task = asyncio.create_task(stage.run(walk))
+        await until(lambda: stage.said("sent"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [(call.signal, call.cost_usd) for call in walk.calls] == [(Signal.CANCELLED, None)]
+        assert stage.told("a")[-1] is Verdict.NEUTRAL
+        admission = await stage.breakers.admit("a", lease_s=1)
+        assert admission.allowed
+        assert admission.probe
+
+    with_redis(redis_url, main)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+# --- the books ---
+
+
+@pytest.mark.parametrize("error", [OperationalError("x", {}, Exception()), NoConnection("pool is empty")])
+def test_without_the_books_no_request_leaves_and_the_job_is_parked(error):
+    stage = Stage({"a": [answered()], "b": [answered()]}, opening=error)
+    outcome, walk = walked(stage)
+    assert isinstance(outcome, Parked)
+    assert stage.said("sent") == []
+    assert stage.told("a") == [Verdict.NEUTRAL]
+    assert len(walk.unsent) == 1  # committed or not is not known: it is removed either way
+
+
+def test_a_walk_cancelled_while_its_call_is_put_on_the_books_leaves_no_row_behind():
+    async def main() -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def opening() -> None:
+            begun.set()
+            await go.wait()
+
+        stage = Stage({"a": [answered()]}, opening=opening)
+        walk = Walk(a_claim())
+        task = asyncio.create_task(stage.run(walk))
+        await begun.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done()  # the row has to be there before it can be removed
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [str(row) for row in walk.unsent] == [entry[2] for entry in stage.diary if entry[0] == "opened"]
+        assert walk.calls == []
+
+    asyncio.run(main())
+
+
+def test_books_that_took_until_the_deadline_stop_the_call():
+    async def slowly() -> None:
+        await asyncio.sleep(10)
+
+    stage = Stage({"a": [answered()], "b": [answered()]}, opening=slowly)
+    outcome, walk, _ = virtually(stage, remaining_s=5)
+    assert outcome == OutOfTime()
+    assert stage.said("sent") == []
+    assert len(walk.unsent) == 1
+    assert stage.told("a") == [Verdict.NEUTRAL]
+
+
+# --- time ---
+
+
+def test_a_deadline_shorter_than_the_reserves_still_gives_everyone_a_turn():
+    stage = Stage({"a": [lasting(60, answered())], "b": [lasting(60, answered())], "c": [lasting(0.01, answered())]})
+    outcome, walk, took_s = virtually(stage, remaining_s=1)
+    assert isinstance(outcome, Answered)
+    assert [call.signal for call in walk.calls] == [Signal.OUT_OF_TIME, Signal.OUT_OF_TIME, Signal.ANSWERED]
+    assert took_s < 1
+
+
+def test_what_our_deadline_cut_short_does_not_count_against_the_provider():
+    stage = Stage({"a": [lasting(60, answered())]})
+    outcome, walk, took_s = virtually(stage, remaining_s=1)
+    assert outcome == OutOfTime()
+    assert stage.told("a") == [Verdict.NEUTRAL]
+    assert walk.calls[0].cost_usd is None
+    assert took_s == pytest.approx(1)
+
+
+def test_a_providers_own_limit_counts_against_it():
+    stage = Stage({"a": [lasting(60, answered())]}, config={"a": {"timeout_s": 3}})
+    outcome, walk, took_s = virtually(stage)
+    assert outcome == Exhausted()
+    assert walk.calls[0].signal is Signal.TIMED_OUT
+    assert stage.told("a") == [Verdict.FAILURE]
+    assert took_s == pytest.approx(3)
+
+
+def test_a_retry_leaves_the_others_their_reserve():
+    stage = Stage({"a": [lasting(0.2, failed()), lasting(60, answered())], "b": [answered()]})
+    _, walk, _ = virtually(stage, remaining_s=3)
+    sent = [entry for entry in stage.diary if entry[0] == "sent"]
+    assert [entry[1] for entry in sent] == ["a", "a", "b"]
+    assert walk.ends_at_s - sent[2][3] >= 1.39  # half of what was left when the retry began
+
+
+def test_with_no_time_left_nobody_is_asked():
+    stage = Stage({"a": [answered()]})
+    assert walked(stage, remaining_s=LEAST_CALL_S / 2)[0] == OutOfTime()
+    assert stage.diary == []
+
+
+# --- going on where an earlier attempt ended ---
+
+
+def test_a_walk_goes_on_after_those_who_have_answered_for_themselves():
+    asked = (
+        Asked(provider="a", outcome="server_error", answer=None),
+        Asked(provider="b", outcome="orphaned", answer=None),
+    )
+    stage = Stage({"a": [answered()], "b": [failed()], "c": [answered()]})
+    outcome, walk = walked(stage, asked=asked)
+    assert isinstance(outcome, Answered)
+    assert stage.said("sent") == ["b", "b", "c"]
+    assert reasons(walk) == [("a", "server_error"), ("b", "server_error")]
+
+
+def test_an_answer_that_was_paid_for_is_used_and_no_call_is_made():
+    answer = answered("bought earlier").answer
+    asked = (Asked(provider="a", outcome="server_error", answer=None), Asked(provider="b", outcome="answered", answer=answer))
+    stage = Stage({"a": [answered()], "b": [answered()]})
+    outcome, walk = walked(stage, asked=asked)
+    assert outcome == Answered(answer)
+    assert stage.diary == []
+    assert walk.calls == []
+
+
+@pytest.mark.parametrize("signal", [Signal.INVALID_REQUEST, Signal.CONTENT_POLICY])
+def test_what_ended_the_earlier_attempt_ends_this_one_too(signal):
+    stage = Stage({"a": [answered()], "b": [answered()]})
+    outcome, walk = walked(stage, asked=(Asked(provider="a", outcome=signal.value, answer=None),))
+    assert outcome == Refused(signal)
+    assert stage.said("sent") == []
+    assert reasons(walk) == [("a", signal.value)]
+
+
+def test_an_earlier_attempt_with_all_others_denied_is_exhausted_not_parked(redis_url):
+    async def main(redis: Redis) -> None:
+        stage = Stage({"a": [answered()], "b": [answered()]}, breakers=Overheard(redis))
+        await opened(stage.breakers, "b")
+        walk = Walk(a_claim(asked=(Asked(provider="a", outcome="overloaded", answer=None),)))
+        assert await stage.run(walk) == Exhausted()
+
+    with_redis(redis_url, main)
+
+
+# --- any script at all ---
+
+CALL_ENDS = sorted(set(Signal) - {Signal.OUT_OF_TIME, Signal.CANCELLED, Signal.ORPHANED, Signal.UNFIT, Signal.TIMED_OUT})
+
+
+@dataclass
+class Part:
+    """What one provider does when it is asked: (signal, seconds, Retry-After), in order, the last one for ever."""
+
+    replies: list[tuple[Signal, float, float | None]]
+    max_retries: int
+    timeout_s: float
+    denied: bool
+
+    def steps(self) -> list[Step]:
+        return [
+            lasting(seconds, answered() if signal is Signal.ANSWERED else Reply(signal=signal, retry_after_s=wait_s, usage=USAGE))
+            for signal, seconds, wait_s in self.replies
+        ]
+
+
+parts = st.builds(
+    Part,
+    replies=st.lists(
+        st.tuples(
+            st.sampled_from(CALL_ENDS),
+            st.sampled_from([0, 0, 0.01, 0.3, 2, 30, 200]),
+            st.sampled_from([None, None, 0, 0.2, 5, 900]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    max_retries=st.integers(0, 3),
+    timeout_s=st.sampled_from([1, 10, 60]),
+    denied=st.booleans(),
+)
+
+
+@settings(max_examples=250)
+@given(st.lists(parts, min_size=1, max_size=4), st.sampled_from([0.04, 0.5, 3, 20, 100, 5000]), st.integers(0, 2**32))
+def test_no_script_of_faults_breaks_the_rules(script, remaining_s, seed):
+    stage = Stage(
+        {f"p{i}": part.steps() for i, part in enumerate(script)},
+        config={f"p{i}": {"max_retries": part.max_retries, "timeout_s": part.timeout_s} for i, part in enumerate(script)},
+        rng=random.Random(seed).random,
+    )
+    with virtual_time() as runner:
+
+        async def main() -> tuple[Outcome, Walk]:
+            for i, part in enumerate(script):
+                if part.denied:
+                    admission = await stage.breakers.admit(f"p{i}", lease_s=1)
+                    await stage.breakers.report(f"p{i}", admission, Verdict.NEUTRAL, isolate_s=86_400)
+            stage.diary.clear()
+            walk = Walk(a_claim(remaining_s=remaining_s))
+            return await stage.run(walk), walk
+
+        outcome, walk = runner.run(main())
+    check_calls(stage, walk, script)
+    check_retries(stage, walk, script)
+    check_ending(stage, walk, outcome, script)
+
+
+def check_calls(stage: Stage, walk: Walk, script: list[Part]) -> None:
+    sent = [entry for entry in stage.diary if entry[0] == "sent"]
+    for i, part in enumerate(script):
+        assert stage.said("sent").count(f"p{i}") <= (0 if part.denied else 1 + part.max_retries)  # X1, B9
+        assert len(stage.told(f"p{i}")) == (f"p{i}" in stage.said("sent") + stage.said("opened"))
+    assert stage.said("sent") == sorted(stage.said("sent"))  # X6
+    for _, _, call_id, at_s, timeout_s in sent:
+        assert at_s <= walk.ends_at_s - LEAST_CALL_S + 1e-6  # X2
+        assert at_s + timeout_s <= walk.ends_at_s + 1e-6
+        rows = [entry[0] for entry in stage.diary if entry[2] == call_id]
+        assert rows == ["opened", "sent"]
+    assert [str(call.id) for call in walk.calls] == [entry[2] for entry in sent]  # X13
+    for call in walk.calls:
+        assert call.cost_usd == (None if call.signal in (Signal.TIMED_OUT, Signal.OUT_OF_TIME) else CALL_USD)
+
+
+def check_retries(stage: Stage, walk: Walk, script: list[Part]) -> None:
+    sent = [entry for entry in stage.diary if entry[0] == "sent"]
+    for (before, after), (one, two) in zip(pairs(walk.calls), pairs(sent), strict=True):
+        if before.provider == after.provider:
+            part = script[int(before.provider[1:])]
+            number = [c.id for c in walk.calls if c.provider == before.provider].index(before.id)
+            signal, seconds, wait_s = part.replies[min(number, len(part.replies) - 1)]
+            assert POLICIES[before.signal].retry  # X3
+            assert before.signal is signal
+            assert two[3] - one[3] >= seconds + (wait_s or 0) - 1e-6  # X4
+
+
+def check_ending(stage: Stage, walk: Walk, outcome: Outcome, script: list[Part]) -> None:
+    why = dict(reasons(walk))
+    asked = stage.said("sent")
+    match outcome:
+        case Answered():
+            assert walk.calls[-1].signal is Signal.ANSWERED
+            assert set(why) == {f"p{i}" for i in range(int(asked[-1][1:]))}  # X6
+        case Refused(signal):
+            assert POLICIES[signal].next is not Next.ONWARD
+        case Exhausted() | Parked():
+            assert set(why) == {f"p{i}" for i in range(len(script))}
+            assert isinstance(outcome, Parked) == (not walk.calls)  # X14
+        case OutOfTime():
+            assert walk.remaining_s() <= LEAST_CALL_S or asked == [] or walk.calls[-1].signal is Signal.OUT_OF_TIME
+    ready = [p for p in script if not p.denied]
+    instant = all(seconds == 0 and not wait for p in ready for _, seconds, wait in p.replies)
+    ends = [p.replies[0][0] for p in ready]
+    may_end = {Signal.INVALID_REQUEST, Signal.CONTENT_POLICY, Signal.CONTEXT_TOO_LONG}
+    if (
+        instant
+        and walk.claim.remaining_s >= 3
+        and Signal.ANSWERED in ends
+        and not any(signal in may_end for p in ready for signal, _, _ in p.replies)
+    ):
+        assert isinstance(outcome, Answered)  # X5
+
+
+def pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    return list(itertools.pairwise(items))

@@ -1,0 +1,109 @@
+"""Answers held against the JSON Schema of their job."""
+
+import json
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.cost import Usage
+from worker.job import Answer, ChatRequest
+from worker.validation import fits, usable
+
+LABEL = {"type": "object", "required": ["label"], "properties": {"label": {"enum": ["a", "b"]}}}
+
+
+def asking(schema: object, kind: str = "json_schema") -> ChatRequest:
+    return ChatRequest([], {"response_format": {"type": kind, "json_schema": {"name": "x", "schema": schema}}})
+
+
+def answer(content: str | None, tool_calls: list[dict[str, object]] | None = None) -> Answer:
+    return Answer(content=content, finish_reason="stop", provider="p", model="m", usage=Usage(), tool_calls=tool_calls)
+
+
+@pytest.mark.parametrize(
+    ("content", "fitting"),
+    [
+        ('{"label": "a"}', True),
+        ('  {"label": "b", "more": 1}\n', True),
+        ('{"label": "c"}', False),
+        ("{}", False),
+        ("label: a", False),
+        ('```json\n{"label": "a"}\n```', False),
+        ('{"label": "a"', False),
+        ("", False),
+        (None, False),
+        ("[" * 100_000, False),
+    ],
+    ids=str,
+)
+def test_an_answer_fits_when_it_is_json_that_satisfies_the_schema(content, fitting):
+    assert fits(asking(LABEL), answer(content)) is fitting
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"response_format": {"type": "text"}},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": "json"},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": None}}},
+    ],
+)
+def test_without_a_schema_every_answer_fits(parameters):
+    request = ChatRequest([], parameters)
+    assert usable(request)
+    assert fits(request, answer("anything"))
+
+
+def test_a_tool_call_is_left_to_its_caller():
+    assert fits(asking(LABEL), answer(None, [{"id": "1"}]))
+
+
+@pytest.mark.parametrize("content", ["NaN", "Infinity", "-Infinity"])
+def test_what_only_python_takes_for_json_does_not_fit(content):
+    assert not fits(asking({"type": "number"}), answer(content))
+
+
+@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"required": "label"}, {"properties": []}])
+def test_a_schema_that_is_none_is_known_before_it_is_used(schema):
+    assert not usable(asking(schema))
+    assert not fits(asking(schema), answer("{}"))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/missing"},
+        {"$ref": "#"},
+        {"pattern": "("},
+        {"additionalProperties": {"$ref": "urn:nobody"}},
+    ],
+)
+def test_a_schema_that_fails_while_it_is_used_fits_nothing_and_raises_nothing(schema):
+    assert not fits(asking(schema), answer('{"a": "x"}' if "additionalProperties" in schema else '"x"'))
+
+
+def test_a_remote_reference_is_not_fetched():
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        schema = {"$ref": f"http://127.0.0.1:{trap.getsockname()[1]}/schema"}
+        assert not fits(asking(schema), answer("{}"))
+        trap.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            trap.accept()
+
+
+def test_the_schemas_own_dialect_counts():
+    exclusive = {"maximum": 5, "exclusiveMaximum": True}  # a flag in draft 4, a number since
+    assert not usable(asking(exclusive))
+    draft4 = asking({"$schema": "http://json-schema.org/draft-04/schema#", **exclusive})
+    assert fits(draft4, answer("4"))
+    assert not fits(draft4, answer("5"))
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=10))
+def test_whatever_is_json_fits_a_schema_that_allows_all(value):
+    assert fits(asking({}), answer(json.dumps(value)))
