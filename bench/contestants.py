@@ -59,7 +59,12 @@ async def _backstop(jobs: int, pid: int) -> Round:
             await run(open_.db, _PAUSE, paused=True)
             batch = await open_batch(open_.db, f"bench-{uuid4()}", fingerprint=[], columns=None)
             rows = (
-                Row(ordinal=n, custom_id=None, request=ChatRequest([{"role": "user", "content": f"{n} {PROMPT}"}]), chain="default")
+                Row(
+                    ordinal=n,
+                    custom_id=None,
+                    request=ChatRequest([{"role": "user", "content": f"{n} {PROMPT}"}]),
+                    chain="default",
+                )
                 for n in range(1, batch_jobs + 1)
             )
             async for _ in add_rows(open_.db, batch, rows):

@@ -150,7 +150,9 @@ def _enqueue(tickets: int, place: Path, env: Mapping[str, str]) -> Load:
             raise RuntimeError(f"backstop enqueue ended with {producer.returncode}: see {place / 'enqueue.log'}")
     took_s = time.monotonic() - began_s
     producer_mb = [mb for mb, _ in samples]
-    return Load(tickets, tickets / took_s, (max(producer_mb[: len(samples) // 5 + 1]), max(producer_mb)), max(mb for _, mb in samples))
+    return Load(
+        tickets, tickets / took_s, (max(producer_mb[: len(samples) // 5 + 1]), max(producer_mb)), max(mb for _, mb in samples)
+    )
 
 
 @asynccontextmanager

@@ -40,7 +40,7 @@ def refusal(path, data):
     with pytest.raises(UsageError) as caught:
         read(path, data)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return str(caught.value).replace(str(path.parent), "")  # which holds the name of the test
 
 
 def as_csv(rows, delimiter=",", end="\r\n"):
@@ -130,6 +130,12 @@ def test_commas_in_the_text_do_not_hide_the_delimiter(tmp_path, delimiter):
     assert tickets[0].values["body"] == "one, two, three"
 
 
+def test_a_delimiter_under_which_the_header_breaks_is_not_taken(tmp_path):
+    source, tickets, _ = read(tmp_path / "t.csv", '"x, y"|z\n1, 2|3\n4, 5|6\n')
+    assert source.delimiter == "|"
+    assert values(tickets) == [{"x, y": "1, 2", "z": "3"}, {"x, y": "4, 5", "z": "6"}]
+
+
 def test_rows_keep_their_place_when_blank_ones_are_skipped(tmp_path):
     _, tickets, counts = read(tmp_path / "t.csv", "id,body\n1,a\n\n , \n2,b\n")
     assert [t.row for t in tickets] == [1, 4]
@@ -201,6 +207,7 @@ def test_a_bad_byte_in_the_header_is_named(tmp_path):
         (b"PK\x03\x04rest", "Excel"),
         (bytes(range(128, 256)) + b"\x00\x01", "not text"),
         (b'"id,body\n1,2\n', "never closed"),
+        (b'"i"d,body\n1,2\n', "header: broken quoting"),
     ],
 )
 def test_files_that_cannot_be_used_say_why(tmp_path, data, said):
@@ -243,16 +250,35 @@ def test_openai_batch_lines_are_known_by_what_they_hold(tmp_path):
     assert tickets[1].line is None
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_end_may_fall_between_two_chunks(tmp_path, end):
+    beginning = f"id,body{end}1,"
+    for before in (-1, 0, 1):
+        long = "x" * (CHUNK_BYTES - len(beginning) + before - 1)
+        _, tickets, counts = read(tmp_path / "t.csv", f"{beginning}{long}{end}2,b{end}")
+        assert values(tickets) == [{"id": "1", "body": long}, {"id": "2", "body": "b"}]
+        assert counts.empty == 0
+
+
+def test_a_character_may_fall_between_two_chunks(tmp_path):
+    beginning = "id,body\n1,"
+    long = "x" * (CHUNK_BYTES - len(beginning) - 1) + "ü and on"
+    source, tickets, _ = read(tmp_path / "t.csv", f"{beginning}{long}\n")
+    assert source.encoding == "utf-8"
+    assert values(tickets) == [{"id": "1", "body": long}]
+
+
 def test_a_damaged_gzip_file_is_refused(tmp_path):
-    rows = "id,body\n" + "".join(f"{n},{os.urandom(20).hex()}\n" for n in range(40_000))
-    assert "damaged" in refusal(tmp_path / "t.csv.gz", gzip.compress(rows.encode())[:-900_000])
-    assert "damaged" in refusal(tmp_path / "t.csv.gz", b"\x1f\x8bnot gzip")
+    whole = gzip.compress(as_csv([["id", "body"], *([n, os.urandom(20).hex()] for n in range(40_000))]).encode())
+    garbled = whole[:10] + b"\xff" * 100 + whole[110:]
+    for data in (whole[:-200_000], whole[:-8] + b"checksum", garbled, b"\x1f\x8bnot gzip"):
+        assert "damaged" in refusal(tmp_path / "t.csv.gz", data)
 
 
 def test_a_file_that_is_not_there_or_is_a_directory_is_refused(tmp_path):
     with pytest.raises(NotFound, match=r"nothing\.csv"):
         open_tickets(str(tmp_path / "nothing.csv"))
-    with pytest.raises(UsageError, match="directory"):
+    with pytest.raises(UsageError, match="Is a directory"):
         open_tickets(str(tmp_path))
 
 

@@ -160,15 +160,30 @@ def test_the_poll_outlives_a_database_that_goes_away_and_comes_back(database_url
     monkeypatch.setattr(waiting, "POLL_S", 0.02)
 
     async def story() -> None:
+        outside = database.engine(database_url)
         async with opened(database_url, redis_url) as (db, _, endings):
-            (job_id,) = await queued_jobs(db)
+            (job_id,) = await queued_jobs(outside)
+            failed = asyncio.Event()
+            event.listen(db.sync_engine, "handle_error", lambda _: failed.set())
             wait = asyncio.create_task(endings.wait([job_id], LONG_S))
             await until(registered(endings))
-            await db.dispose()
             others = "datname = current_database() AND pid <> pg_backend_pid()"
-            await execute(db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
-            await end(db, job_id)
+            await execute(outside, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+            await asyncio.wait_for(failed.wait(), LONG_S)
+            await end(outside, job_id)
             assert await asyncio.wait_for(wait, LONG_S / 2) == set()
+        await outside.dispose()
+
+    asyncio.run(story())
+
+
+def test_it_closes_at_whatever_moment_redis_is_being_connected(database_url, redis_url):
+    async def story() -> None:
+        async with asyncio.timeout(LONG_S):
+            for turns in range(40):
+                async with opened(database_url, redis_url):
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
 
     asyncio.run(story())
 

@@ -26,6 +26,9 @@ class Usage:
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
 
+    def to_json(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 class Rates(NamedTuple):
     """USD per 1M tokens. `cached` None: cached input tokens cost what the others cost."""

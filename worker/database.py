@@ -38,10 +38,11 @@ def engine(url: str, *, pooled: bool = True) -> AsyncEngine:
 
     Statements commit by themselves: what must hang together is one statement, or stands in an explicit transaction.
     """
-    pool: dict[str, Any] = {"pool_size": 5, "max_overflow": 5} if pooled else {"poolclass": NullPool}
+    pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 0} if pooled else {"poolclass": NullPool}
     return create_async_engine(
         driver_url(url),
         isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,  # nothing stands open when a connection is given back
         hide_parameters=True,  # prompts stay out of errors
         connect_args={"connect_timeout": 5, "application_name": "backstop"},
         **pool,

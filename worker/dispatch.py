@@ -6,6 +6,7 @@ A message is a hint. One too many costs an UPDATE that matches nothing, one too 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from uuid import UUID
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.job import Lane, new_id
@@ -36,19 +37,26 @@ def queue_name(lane: Lane) -> str:
     return {Lane.INTERACTIVE: "backstop.1.interactive", Lane.BULK: "backstop.2.bulk"}[lane]
 
 
-def shares(free: int, weights: Mapping[UUID | None, int], turn: int) -> dict[UUID | None, int]:
-    """How many of `free` places each batch gets: by weight, at most one place off its exact share.
+def shares(
+    free: int, ready: Mapping[UUID | None, int], weights: Mapping[UUID | None, int], paid: dict[UUID | None, float]
+) -> dict[UUID | None, int]:
+    """How many of `free` places each batch gets, never more than it has jobs ready.
 
-    The places that cannot be divided go to the batches whose turn it is, so over many rounds every batch gets its due
-    (deficit round robin, where every job costs the same).
+    Fair queueing: a place costs a batch 1 / weight, and who has `paid` least is next. What was paid is kept from round to round;
+    a batch that comes (back) starts level with the one that is next, so nobody starves and nobody catches up.
     """
-    total = sum(weights.values())
-    exact = {batch: free * weight / total for batch, weight in weights.items()}
-    given = {batch: math.floor(share) for batch, share in exact.items()}
-    order = list(weights)
-    start = turn % len(order)
-    for batch in (order[start:] + order[:start])[: free - sum(given.values())]:
+    level = min((paid[batch] for batch in ready if batch in paid), default=0.0)
+    line = [(paid.get(batch, level), place, batch) for place, batch in enumerate(ready)]
+    heapq.heapify(line)
+    given: dict[UUID | None, int] = dict.fromkeys(ready, 0)
+    paid.clear()
+    for _ in range(min(free, sum(ready.values()))):
+        cost, place, batch = heapq.heappop(line)
         given[batch] += 1
+        paid[batch] = cost + 1 / weights[batch]
+        if given[batch] < ready[batch]:
+            heapq.heappush(line, (paid[batch], place, batch))
+    paid.update((batch, cost) for cost, _, batch in line)
     return given
 
 
@@ -64,7 +72,7 @@ class Dispatcher:
         self._pack_size = {Lane.INTERACTIVE: 1, Lane.BULK: pack_size}
         self._dispatch_ttl_s = dispatch_ttl_s
         self._epoch: str | None = None
-        self._turn = 0
+        self._paid: dict[Lane, dict[UUID | None, float]] = {lane: {} for lane in Lane}
         self._empty_looks: dict[Lane, int] = dict.fromkeys(Lane, 0)
         self._looked_s = time.monotonic()
 
@@ -103,10 +111,11 @@ class Dispatcher:
         return free
 
     async def _fill(self, lane: Lane, free: int) -> int:
-        weights: dict[UUID | None, int] = {None: 1}
-        weights.update((row.id, row.weight) for row in await self._db.execute(_BATCHES, {"lane": lane.value}))
-        self._turn += 1
-        given = {batch: count for batch, count in shares(free, weights, self._turn).items() if count}
+        waiting = list(await self._db.execute(_READY, {"lane": lane.value, "most": free}))
+        if not waiting:
+            return 0
+        ready, weights = {row.id: row.ready for row in waiting}, {row.id: row.weight for row in waiting}
+        given = shares(free, ready, weights, self._paid[lane])
         rows = await self._db.execute(
             _PICK,
             {
@@ -115,7 +124,8 @@ class Dispatcher:
                 "quotas": [count for batch, count in given.items() if batch],
                 "loose": given.get(None, 0),
                 "pack": self._pack_size[lane],
-                "deliveries": [new_id() for _ in range(math.ceil(free / self._pack_size[lane]))],
+                # In order, so that what was first in line is published first.
+                "deliveries": sorted(new_id() for _ in range(math.ceil(sum(given.values()) / self._pack_size[lane]))),
             },
         )
         packs = [
@@ -154,43 +164,53 @@ SELECT l.name AS lane, l.paused,
 FROM lanes l ORDER BY l.name DESC
 """)
 
-_BATCHES = text("""
-SELECT b.id, b.weight FROM batches b
-WHERE b.state IN ('loading', 'open') AND EXISTS (
-    SELECT FROM jobs j WHERE j.lane = :lane AND j.batch_id = b.id AND j.state = 'queued' AND j.dispatched_at IS NULL
-        AND j.run_at <= now())
-ORDER BY b.id
+# What has missed its deadline is left to `expire`: in the window it would only keep others out.
+_IS_READY = "j.lane = :lane AND j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now() AND j.deadline_at > now()"
+
+_READY = text(f"""
+SELECT b.id, b.weight, few.ready FROM batches b CROSS JOIN LATERAL (
+    SELECT count(*) AS ready FROM (SELECT FROM jobs j WHERE {_IS_READY} AND j.batch_id = b.id LIMIT :most) counted) few
+WHERE b.state IN ('loading', 'open') AND few.ready > 0
+UNION ALL
+SELECT NULL, 1, count(*) FROM (SELECT FROM jobs j WHERE {_IS_READY} AND j.batch_id IS NULL LIMIT :most) counted HAVING count(*) > 0
+ORDER BY 1
 """)
 
-_PICK = text("""
+_PICK = text(f"""
 WITH shares AS (
     SELECT * FROM unnest(CAST(:batches AS uuid[]), CAST(:quotas AS int[])) AS t(batch_id, quota)
 ), batched AS (
-    SELECT picked.id FROM shares s CROSS JOIN LATERAL (
-        SELECT j.id FROM jobs j
-        WHERE j.lane = :lane AND j.batch_id = s.batch_id AND j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now()
-        ORDER BY j.run_at, j.id LIMIT s.quota FOR UPDATE SKIP LOCKED) picked
+    SELECT picked.id, picked.run_at FROM shares s CROSS JOIN LATERAL (
+        SELECT j.id, j.run_at FROM jobs j WHERE {_IS_READY} AND j.batch_id = s.batch_id
+        ORDER BY j.run_at, j.id LIMIT s.quota FOR NO KEY UPDATE SKIP LOCKED) picked
 ), loose AS (
-    SELECT j.id FROM jobs j
-    WHERE j.lane = :lane AND j.batch_id IS NULL AND j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now()
-    ORDER BY j.run_at, j.id LIMIT :loose FOR UPDATE SKIP LOCKED
+    SELECT j.id, j.run_at FROM jobs j WHERE {_IS_READY} AND j.batch_id IS NULL
+    ORDER BY j.run_at, j.id LIMIT :loose FOR NO KEY UPDATE SKIP LOCKED
 ), pick AS (
-    SELECT id, (CAST(:deliveries AS uuid[]))[CAST((row_number() OVER (ORDER BY id) - 1) / :pack + 1 AS int)] AS delivery_id
-    FROM (SELECT id FROM batched UNION ALL SELECT id FROM loose) both_kinds
+    SELECT id, (CAST(:deliveries AS uuid[]))[CAST((row_number() OVER (ORDER BY run_at, id) - 1) / :pack + 1 AS int)] AS delivery_id
+    FROM (SELECT * FROM batched UNION ALL SELECT * FROM loose) both_kinds
 )
 UPDATE jobs SET dispatched_at = now(), delivery_id = pick.delivery_id FROM pick WHERE jobs.id = pick.id
 RETURNING jobs.id, jobs.delivery_id
 """)
 
-_WITHDRAW = text("UPDATE jobs SET dispatched_at = NULL WHERE state = 'queued' AND delivery_id = ANY(CAST(:deliveries AS uuid[]))")
 
-_WITHDRAW_ALL = text("UPDATE jobs SET dispatched_at = NULL WHERE state = 'queued' AND dispatched_at IS NOT NULL")
-
-_WITHDRAW_LOST = text("""
-UPDATE jobs SET dispatched_at = NULL
-WHERE state = 'queued' AND lane = :lane AND dispatched_at < now() - make_interval(secs => :after_s)
-  AND delivery_id NOT IN (SELECT unnest(waiting) FROM workers WHERE state IN ('live', 'draining'))
+def _withdraw(which: str) -> TextClause:
+    """Published jobs that nobody claimed are ready again; those that are locked are just being claimed, or ended."""
+    return text(f"""
+WITH target AS (
+    SELECT id FROM jobs WHERE state = 'queued' AND dispatched_at IS NOT NULL AND {which} FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE jobs SET dispatched_at = NULL FROM target WHERE jobs.id = target.id
 """)
+
+
+_WITHDRAW = _withdraw("delivery_id = ANY(CAST(:deliveries AS uuid[]))")
+
+_WITHDRAW_ALL = _withdraw("true")
+
+_WITHDRAW_LOST = _withdraw("""lane = :lane AND dispatched_at < now() - make_interval(secs => :after_s)
+      AND delivery_id NOT IN (SELECT unnest(waiting) FROM workers WHERE state IN ('live', 'draining'))""")
 
 
 async def withdraw(db: AsyncEngine, delivery_ids: Sequence[UUID]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
@@ -74,7 +74,7 @@ class Answer:
     degraded: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__} | {"usage": self.usage.to_json()}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Answer:

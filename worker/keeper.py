@@ -129,7 +129,7 @@ class Keeper:
             connection,
             self._redis,
             self._publish,
-            pack_size=settings.pack_size,
+            pack_size=min(settings.pack_size, settings.bulk_slots),
             dispatch_ttl_s=settings.dispatch_ttl_s,
         )
         # After an outage of Postgres every heartbeat is old: whoever lives gets one TTL to say so.

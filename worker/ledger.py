@@ -1,4 +1,4 @@
-"""The life of a claimed job, in order: claim, open calls, settle. (`intervene` holds what people do to jobs, `rescue` what the leader mends.)
+"""The life of a claimed job, in order: claim, open calls, settle. `intervene` holds what people do to jobs, `rescue` what mends.
 
 Each is one statement, so it happens whole or not at all, and each carries its guard: a write says which state, owner and fence it
 expects, and matching nothing is a legal answer (somebody else was faster, or the message was a duplicate).
@@ -192,9 +192,8 @@ async def open_calls(db: AsyncEngine, calls: Sequence[NewCall]) -> Sequence[None
 
 _SETTLE = text(f"""
 WITH ending AS (
-    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[]), CAST(:states AS text[]), CAST(:answers AS jsonb[]),
-        CAST(:errors AS jsonb[]), CAST(:run_after_s AS float8[]), CAST(:counted AS int[]), CAST(:new_walk AS bool[]))
-        AS t(id, fence, state, answer, error, run_after_s, counted, new_walk)
+    SELECT * FROM json_to_recordset(CAST(:endings AS json)) AS t(
+        id uuid, fence bigint, state text, answer jsonb, error jsonb, run_after_s float8, counted int, new_walk bool)
 ), held AS (
     SELECT j.id, j.fence FROM jobs j JOIN ending e ON e.id = j.id AND e.fence = j.fence
     WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.state = 'running' ORDER BY j.id FOR NO KEY UPDATE OF j
@@ -217,20 +216,19 @@ WITH ending AS (
     SELECT m.id, m.fence, e.answer FROM moved m JOIN ending e ON e.id = m.id AND e.fence = m.fence
     WHERE m.state = 'succeeded'
 ), call AS (
-    SELECT * FROM unnest(CAST(:call_ids AS uuid[]), CAST(:call_jobs AS uuid[]), CAST(:call_fences AS bigint[]),
-        CAST(:started AS timestamptz[]), CAST(:ended AS timestamptz[]), CAST(:latencies AS int[]), CAST(:outcomes AS text[]),
-        CAST(:statuses AS int[]), CAST(:codes AS text[]), CAST(:inputs AS int[]), CAST(:outputs AS int[]), CAST(:cached AS int[]),
-        CAST(:reasonings AS int[]), CAST(:billings AS text[]), CAST(:costs AS numeric[]), CAST(:sources AS text[]),
-        CAST(:call_answers AS jsonb[]))
-        AS t(id, job_id, fence, started_at, ended_at, latency_ms, outcome, http_status, error_code, input_tokens, output_tokens,
-             cached_tokens, reasoning_tokens, billing, cost_usd, price_source, answer)
+    SELECT * FROM json_to_recordset(CAST(:calls AS json)) AS t(
+        id uuid, job_id uuid, fence bigint, started_at timestamptz, ended_at timestamptz, latency_ms int, outcome text,
+        http_status int, error_code text, input_tokens int, output_tokens int, cached_tokens int, reasoning_tokens int,
+        billing text, cost_usd numeric, price_source text, answer jsonb, settled bool)
 ), booked AS (
     UPDATE provider_calls p SET
         started_at = c.started_at, ended_at = c.ended_at, latency_ms = c.latency_ms, outcome = c.outcome,
         http_status = c.http_status, error_code = c.error_code, input_tokens = c.input_tokens, output_tokens = c.output_tokens,
         cached_tokens = c.cached_tokens, reasoning_tokens = c.reasoning_tokens, billing = c.billing, cost_usd = c.cost_usd,
-        price_source = c.price_source, answer = CASE WHEN o.id IS NULL THEN c.answer END
-    FROM call c LEFT JOIN ours o ON o.id = c.job_id AND o.fence = c.fence
+        price_source = c.price_source,
+        answer = CASE WHEN o.id IS NOT NULL THEN NULL WHEN c.settled THEN e.answer ELSE c.answer END
+    FROM call c JOIN ending e ON e.id = c.job_id AND e.fence = c.fence
+        LEFT JOIN ours o ON o.id = c.job_id AND o.fence = c.fence
     WHERE p.id = ANY(CAST(:call_ids AS uuid[])) AND p.id = c.id
 ), unsent AS (
     DELETE FROM provider_calls WHERE id = ANY(CAST(:unsent AS uuid[]))
@@ -251,34 +249,51 @@ async def settle(db: AsyncEngine, settlements: Sequence[Settlement], *, again: b
         _SETTLE,
         again=again,
         ids=[s.job_id for s in settlements],
-        fences=[s.fence for s in settlements],
-        states=[s.state.value for s in settlements],
-        answers=[jsonb(s.answer.to_json() if s.answer else None) for s in settlements],
-        errors=[jsonb(s.error) for s in settlements],
-        run_after_s=[s.run_after_s for s in settlements],
-        counted=[int(s.counted) for s in settlements],
-        new_walk=[s.new_walk for s in settlements],
+        endings=jsonb([_ending(s) for s in settlements]),
         unsent=[call_id for s in settlements for call_id in s.unsent],
         call_ids=[call.id for _, call in calls],
-        call_jobs=[s.job_id for s, _ in calls],
-        call_fences=[s.fence for s, _ in calls],
-        started=[call.started_at for _, call in calls],
-        ended=[call.ended_at for _, call in calls],
-        latencies=[call.latency_ms for _, call in calls],
-        outcomes=[call.signal.value for _, call in calls],
-        statuses=[call.http_status for _, call in calls],
-        codes=[call.error_code for _, call in calls],
-        inputs=[call.usage.input_tokens for _, call in calls],
-        outputs=[call.usage.output_tokens for _, call in calls],
-        cached=[call.usage.cached_tokens for _, call in calls],
-        reasonings=[call.usage.reasoning_tokens for _, call in calls],
-        billings=[call.billing.value for _, call in calls],
-        costs=[call.cost_usd for _, call in calls],
-        sources=[call.price_source for _, call in calls],
-        call_answers=[jsonb(call.answer.to_json() if call.answer else None) for _, call in calls],
+        calls=jsonb([_booking(s, call) for s, call in calls]),
     )
     ours = {(row.id, row.fence) for row in rows}
     return [(settlement.job_id, settlement.fence) in ours for settlement in settlements]
+
+
+def _ending(s: Settlement) -> dict[str, Any]:
+    return {
+        "id": str(s.job_id),
+        "fence": s.fence,
+        "state": s.state.value,
+        "answer": s.answer.to_json() if s.answer else None,
+        "error": s.error,
+        "run_after_s": s.run_after_s,
+        "counted": int(s.counted),
+        "new_walk": s.new_walk,
+    }
+
+
+def _booking(s: Settlement, call: Call) -> dict[str, Any]:
+    """`settled`: its answer is the one the job is settled with, and travels once."""
+    settled = call.answer is s.answer
+    return {
+        "id": str(call.id),
+        "job_id": str(s.job_id),
+        "fence": s.fence,
+        "started_at": call.started_at.isoformat(),
+        "ended_at": call.ended_at.isoformat(),
+        "latency_ms": call.latency_ms,
+        "outcome": call.signal.value,
+        "http_status": call.http_status,
+        "error_code": call.error_code,
+        "input_tokens": call.usage.input_tokens,
+        "output_tokens": call.usage.output_tokens,
+        "cached_tokens": call.usage.cached_tokens,
+        "reasoning_tokens": call.usage.reasoning_tokens,
+        "billing": call.billing.value,
+        "cost_usd": None if call.cost_usd is None else str(call.cost_usd),
+        "price_source": call.price_source,
+        "answer": call.answer.to_json() if call.answer and not settled else None,
+        "settled": settled,
+    }
 
 
 async def run(db: AsyncEngine, statement: TextClause, **values: Any) -> list[Any]:
@@ -291,7 +306,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
-def jsonb(value: Mapping[str, Any] | None) -> str | None:
+def jsonb(value: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str | None:
     """JSON that Postgres can store: NUL and lone surrogates, which it cannot, become U+FFFD."""
     if value is None:
         return None

@@ -81,7 +81,8 @@ async def calls(db: AsyncEngine, job_id: UUID) -> list[CallView]:
 
 
 _BATCH = """
-SELECT id, tenant, name, state, columns, coalesce(fields, '[]') AS fields, total, succeeded, failed, cancelled, expired, created_at, finished_at
+SELECT id, tenant, name, state, columns, coalesce(fields, '[]') AS fields,
+       total, succeeded, failed, cancelled, expired, created_at, finished_at
 FROM batches b
 """
 

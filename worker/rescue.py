@@ -57,17 +57,19 @@ async def rescue(db: AsyncConnection, *, most: int = 1_000) -> list[UUID]:
     return [row.id for row in await db.execute(_RESCUE, {"most": most, "max_attempts": MAX_ATTEMPTS, "death_costs": DEATH_COSTS})]
 
 
-_RELEASE = text("""
+_RELEASE = text(f"""
 WITH target AS (
     SELECT j.id FROM jobs j JOIN unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS t(id, fence) ON t.id = j.id AND t.fence = j.fence
     WHERE j.state = 'running' AND j.worker_id = :worker FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
-    UPDATE jobs j SET state = 'queued', worker_id = NULL, dispatched_at = NULL, run_at = now()
-    FROM target t WHERE j.id = t.id RETURNING j.id
+    UPDATE jobs j SET
+        state = CASE WHEN j.cancel_requested THEN 'cancelled' ELSE 'queued' END, finished_at = CASE WHEN j.cancel_requested THEN now() END,
+        worker_id = NULL, dispatched_at = NULL, run_at = now()
+    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state
 ), orphaned AS (
     UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now()
     FROM moved m WHERE p.job_id = m.id AND p.outcome IS NULL
-)
+), {COUNTED}
 SELECT id FROM moved
 """)
 

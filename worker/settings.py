@@ -13,8 +13,8 @@ _SECRETS = Path("/run/secrets")
 
 class Settings(BaseSettings):
     """Frozen; every field is an environment variable `BACKSTOP_<FIELD>`, the two URLs also go without the prefix.
-    In a container, a file of that name under /run/secrets does as well; the environment wins.
 
+    In a container, a file of that name under /run/secrets does as well; the environment wins.
     URLs left unset mean the embedded servers under `data`. Durations are seconds.
     """
 

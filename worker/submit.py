@@ -193,7 +193,7 @@ async def add_rows(
             tenant=tenant,
             batch=batch.id,
             deadline_s=deadline_s,
-            ids=[new_id() for _ in chunk],
+            ids=sorted(new_id() for _ in chunk),  # jobs of one moment are taken by id: in the order of the file
             ordinals=[row.ordinal for row in chunk],
             custom_ids=[row.custom_id for row in chunk],
             chains=[row.chain for row in chunk],

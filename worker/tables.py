@@ -84,7 +84,7 @@ jobs = Table(
     Column("run_at", _Time, nullable=False, server_default=func.now()),  # queued: not before
     Column("deadline_at", _Time, nullable=False),
     Column("fence", BigInteger, nullable=False, server_default="0"),  # raised by each claim; guards every write
-    Column("walk_fence", BigInteger, nullable=False, server_default="1"),  # calls from this fence on belong to the present walk of the chain
+    Column("walk_fence", BigInteger, nullable=False, server_default="1"),  # calls from it on belong to the present walk of the chain
     Column("attempts", SmallInteger, nullable=False, server_default="0"),  # ended without an answer although a provider could be asked
     Column("worker_id", Uuid),  # running: who holds it
     Column("delivery_id", Uuid),  # Celery message that carried it last; its task id
@@ -98,10 +98,18 @@ jobs = Table(
     CheckConstraint(
         "(state IN ('succeeded','failed','cancelled','expired')) = (finished_at IS NOT NULL)", name="finished_when_ended"
     ),
-    Index("uq_jobs_tenant_idempotency_key", "tenant", "idempotency_key", unique=True, postgresql_where=text("idempotency_key IS NOT NULL")),  # submit
-    Index("uq_jobs_batch_id_ordinal", "batch_id", "ordinal", unique=True, postgresql_where=text("batch_id IS NOT NULL")),  # submit, results
-    Index("ix_jobs_ready", "lane", "batch_id", "run_at", "id", postgresql_where=text("state = 'queued' AND dispatched_at IS NULL")),  # dispatch
-    Index("ix_jobs_published", "lane", "dispatched_at", postgresql_where=text("state = 'queued' AND dispatched_at IS NOT NULL")),  # window, dispatch TTL
+    Index(  # submit
+        "uq_jobs_tenant_idempotency_key", "tenant", "idempotency_key", unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    Index("uq_jobs_batch_id_ordinal", "batch_id", "ordinal", unique=True, postgresql_where=text("batch_id IS NOT NULL")),  # submit
+    Index(  # dispatch
+        "ix_jobs_ready", "lane", "batch_id", "run_at", "id",
+        postgresql_where=text("state = 'queued' AND dispatched_at IS NULL"),
+    ),
+    Index(  # window, dispatch TTL
+        "ix_jobs_published", "lane", "dispatched_at", postgresql_where=text("state = 'queued' AND dispatched_at IS NOT NULL")
+    ),
     Index("ix_jobs_running", "worker_id", "lane", postgresql_where=text("state = 'running'")),  # rescue, window
     Index("ix_jobs_deadline", "deadline_at", postgresql_where=text("state = 'queued'")),  # expire
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"},
@@ -142,7 +150,8 @@ provider_calls = Table(
     Column("output_tokens", Integer),
     Column("cached_tokens", Integer),
     Column("reasoning_tokens", Integer),
-    Column("billing", Text, CheckConstraint("billing IN ('billed','free','unknown')", name="billing"), nullable=False, server_default="unknown"),
+    Column("billing", Text, CheckConstraint("billing IN ('billed','free','unknown')", name="billing"), nullable=False,
+           server_default="unknown"),
     Column("cost_usd", Numeric(20, 12)),  # NULL is not known, and counted as such
     Column("price_source", Text),
     Column("answer", JSONB),  # only of a call whose settle the fence refused: paid for, so the next attempt uses it

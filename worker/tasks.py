@@ -8,7 +8,8 @@ from uuid import UUID
 
 import structlog
 from celery import Task, bootsteps
-from celery.signals import setup_logging, task_revoked
+from celery.signals import setup_logging
+from celery.worker.control import control_command
 from sqlalchemy.exc import DBAPIError
 
 from worker import events
@@ -65,11 +66,16 @@ def tidy() -> int:
     return Process.loop.submit(Process.process.tidy()).result()
 
 
-@task_revoked.connect
-def _revoked(request: Any = None, **_: Any) -> None:
-    """A revoke from Flower or `celery control` is a cancel: otherwise the ledger would publish the jobs again."""
-    if request is not None and request.name == TASK:
-        Process.loop.submit(Process.process.cancel_delivery(UUID(request.id))).result(10)
+@control_command(variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
+def revoke(state: Any, task_id: str | Sequence[str], **_: Any) -> Mapping[str, str]:
+    """Cancels the jobs of these messages, running or not: only forgotten by Celery, the ledger would publish them again."""
+    try:
+        deliveries = [UUID(name) for name in ([task_id] if isinstance(task_id, str) else task_id)]
+    except ValueError:
+        return {"error": "expected ids as Flower shows them"}
+    for delivery in deliveries:
+        Process.loop.submit(Process.process.cancel_delivery(delivery)).result(10)
+    return {"ok": f"jobs of {len(deliveries)} messages cancelled"}
 
 
 @setup_logging.connect

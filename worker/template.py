@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -107,7 +107,7 @@ def check(template: Template, columns: Iterable[str]) -> None:
     """
     known = list(columns)
     lines = []
-    for name, written in dict(_wanted(template)).items():
+    for name, written in {**_wanted(template.system or ""), **_wanted(template.user)}.items():
         if name not in known:
             hint = _hint(name, known) or f"; there are: {', '.join(known)}"
             lines.append(f"the template uses {written}, but the file has no column {name!r}{hint}")
@@ -115,15 +115,16 @@ def check(template: Template, columns: Iterable[str]) -> None:
         raise UsageError("\n".join(lines))
 
 
-def _wanted(template: Template) -> Iterator[tuple[str, str]]:
-    """Each column the template names, and how it names it."""
-    for text in (template.system or "", template.user):
-        tree = _JINJA.parse(text)
-        for name in sorted(meta.find_undeclared_variables(tree) - {"row"} - _JINJA.globals.keys()):
-            yield name, f"{{{{ {name} }}}}"
-        for item in tree.find_all(nodes.Getitem):
-            if isinstance(item.node, nodes.Name) and item.node.name == "row" and isinstance(item.arg, nodes.Const):
-                yield str(item.arg.value), f"row[{item.arg.value!r}]"
+@lru_cache(maxsize=16)
+def _wanted(text: str) -> dict[str, str]:
+    """Each column the text names, and how it names it."""
+    tree = _JINJA.parse(text)
+    names = meta.find_undeclared_variables(tree) - {"row"} - _JINJA.globals.keys()
+    wanted = {name: f"{{{{ {name} }}}}" for name in sorted(names)}
+    for item in tree.find_all(nodes.Getitem):
+        if isinstance(item.node, nodes.Name) and item.node.name == "row" and isinstance(item.arg, nodes.Const):
+            wanted[str(item.arg.value)] = f"row[{item.arg.value!r}]"
+    return wanted
 
 
 @lru_cache(maxsize=16)
@@ -132,12 +133,13 @@ def _compiled(text: str) -> jinja2.Template:
 
 
 def _render(text: str, ticket: Ticket) -> str:
+    # What Jinja says of an error is left out: it may hold the ticket's text.
     try:
         rendered = _compiled(text).render({**ticket.values, "row": ticket.values})
-    except jinja2.UndefinedError as error:
-        raise ValueError(f"the template needs what this row has not: {error.message}") from None
+    except jinja2.UndefinedError:
+        missing = ", ".join(name for name in _wanted(text) if name not in ticket.values)
+        raise ValueError(f"the template needs what this row has not: {missing or 'a value'}") from None
     except Exception as error:
-        # Its text may hold the ticket's.
         raise ValueError(f"the template fails on this row: {type(error).__name__}") from None
     return UNSTORABLE.sub("\ufffd", rendered)
 

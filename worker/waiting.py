@@ -127,7 +127,8 @@ class Endings:
             with suppress(RedisError, OSError):
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
                     await self._hear(channel)
-            await asyncio.sleep(_RESUBSCRIBE_S)
+            if not self._closing:
+                await asyncio.sleep(_RESUBSCRIBE_S)
 
     async def _hear(self, channel: PubSub) -> None:
         await channel.subscribe(CHANNEL)

@@ -62,11 +62,13 @@ async def connections(settings: Settings) -> AsyncIterator[Connections]:
     assert settings.database_url is not None
     assert settings.redis_url is not None
     db, redis = engine(settings.database_url), redis_client(settings.redis_url)
-    breakers = Breakers(redis_client(settings.redis_url))
+    breaker_redis = redis_client(settings.redis_url)
+    breakers = Breakers(breaker_redis)
     try:
         yield Connections(db, redis, breakers, publish)
     finally:
         await breakers.aclose()
+        await breaker_redis.aclose()
         await redis.aclose()
         await db.dispose()
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,16 @@ from uuid import UUID
 import jsonschema
 import psycopg
 import pytest
+from celery import Celery
 from redis import Redis
 from sqlalchemy import text
 
 from worker import database
+from worker.app import TASK
+from worker.dispatch import queue_name
 from worker.embedded.servers import Endpoints
 from worker.intervene import cancel
-from worker.job import ChatRequest
+from worker.job import ChatRequest, Lane
 from worker.loop import LoopThread
 from worker.settings import Settings
 from worker.simulator import script
@@ -50,6 +53,11 @@ CHAINS = {"default": ["dead", "ill", "good"], "locked": ["locked", "good"], "sil
 class Fleet:
     settings: Settings
     simulator: Simulator
+    courier: Celery
+
+    def publish(self, lane: Lane, delivery_id: UUID, job_ids: Sequence[UUID]) -> None:
+        ids = [str(job_id) for job_id in job_ids]
+        self.courier.send_task(TASK, kwargs={"job_ids": ids}, task_id=str(delivery_id), queue=queue_name(lane))
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[Connections]:
@@ -76,7 +84,8 @@ def fleet(servers: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
             redis.flushall()
         for lane, queue in (("interactive", "backstop.1.interactive"), ("bulk", "backstop.2.bulk")):
             stack.enter_context(worker(settings, lane, queue))
-        made = Fleet(settings, simulator)
+        courier = stack.enter_context(Celery("courier", broker=servers.redis_url, set_as_current=False))
+        made = Fleet(settings, simulator, courier)
         asyncio.run(everybody_lives(made))
         yield made
 
@@ -162,13 +171,13 @@ async def until(condition: Callable[[], Awaitable[object]]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def ended(opened: Connections, chain: str, request: ChatRequest | None = None, count: int = 1) -> list[UUID]:
+async def ended(fleet: Fleet, opened: Connections, chain: str, request: ChatRequest | None = None, count: int = 1) -> list[UUID]:
     """So many interactive jobs have ended, one after the other."""
     ids = []
     async with Endings(opened.db, opened.redis) as endings:
         for _ in range(count):
             asked = request or ChatRequest([{"role": "user", "content": "hello"}])
-            job = await submit(opened.db, opened.publish, NewJob(request=asked, chain=chain))
+            job = await submit(opened.db, fleet.publish, NewJob(request=asked, chain=chain))
             assert not await endings.wait([job.job_id], LONG_S)
             ids.append(job.job_id)
     return ids
@@ -220,7 +229,7 @@ def test_a_batch_is_answered_with_one_provider_dead_and_the_next_one_ill(fleet):
 def test_what_one_worker_learnt_of_a_provider_the_other_obeys(fleet):
     async def main() -> None:
         async with fleet.connected() as opened:
-            (job_id,) = await ended(opened, "locked")
+            (job_id,) = await ended(fleet, opened, "locked")
             (told,) = await select(
                 opened, "SELECT outcome FROM provider_calls WHERE job_id = :id AND provider = 'locked'", id=job_id
             )
@@ -239,7 +248,7 @@ def test_a_running_job_is_cancelled_and_its_call_stays_on_the_books(fleet):
     async def main() -> None:
         async with fleet.connected() as opened, Endings(opened.db, opened.redis) as endings:
             request = ChatRequest([{"role": "user", "content": "hello"}])
-            job = await submit(opened.db, opened.publish, NewJob(request=request, chain="silent"))
+            job = await submit(opened.db, fleet.publish, NewJob(request=request, chain="silent"))
 
             async def asked() -> bool:
                 return fleet.simulator.requests("silent") > 0
@@ -268,7 +277,7 @@ def test_an_answer_asked_for_in_a_schema_has_it(fleet):
     async def main() -> None:
         async with fleet.connected() as opened:
             request = ChatRequest([{"role": "user", "content": "My invoice is wrong"}], {"response_format": wanted})
-            for job_id in await ended(opened, "good", request, count=3):
+            for job_id in await ended(fleet, opened, "good", request, count=3):
                 (row,) = await select(opened, "SELECT answer FROM results WHERE job_id = :id", id=job_id)
                 jsonschema.validate(json.loads(row.answer["content"]), schema)
 

@@ -57,11 +57,15 @@ def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flowe
             children.start(f"worker-{lane}", ["worker", "--lane", lane])
         children.start("api", ["api", "--host", host, "--port", str(port)])
         children.start("beat", ["beat"])
-        with_ledger(partial(_until_up, children=children, ready=f"http://{host}:{port}/readyz"))
+        ready = [f"http://{host}:{port}/readyz"]
+        if not no_flower:
+            login = _flower_login(settings.data)
+            children.start("flower", ["flower", "--port", str(flower_port)])
+            ready.append(f"http://{HOST}:{flower_port}/healthcheck")
+        with_ledger(partial(_until_up, children=children, ready=ready))
         say(f"API      http://{host}:{port}   key in {key_file}, documentation at /docs")
         if not no_flower:
-            children.start("flower", ["flower", "--port", str(flower_port)])
-            say(f"Flower   http://{HOST}:{flower_port}   login in {_flower_login(settings.data)}")
+            say(f"Flower   http://{HOST}:{flower_port}   login in {login}")
         say(f"workers  {', '.join(Lane)}; providers {', '.join(checked)}; logs in {settings.data / 'logs'}")
         say("Ctrl-C stops everything")
         try:
@@ -213,14 +217,14 @@ def _embeds(settings: Settings) -> bool:
     return not (settings.database_url and settings.redis_url)
 
 
-async def _until_up(open_: Connections, *, children: Children, ready: str) -> None:
-    """The API is ready and every worker has registered. Raises BackstopError when one of them has ended instead."""
+async def _until_up(open_: Connections, *, children: Children, ready: Sequence[str]) -> None:
+    """These URLs answer 200 and every worker has registered. Raises BackstopError when one of them has ended instead."""
     ours = {pid for name, pid in children.pids().items() if name.startswith("worker-")}
     async with httpx.AsyncClient(timeout=2, trust_env=False) as http:
         while True:
             children.check()
             live = {worker.pid for worker in await reads.workers(open_.db) if worker.state == "live"}
-            if ours <= live and await _answers(http, ready):
+            if ours <= live and all([await _answers(http, url) for url in ready]):
                 return
             await asyncio.sleep(0.1)
 

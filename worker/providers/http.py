@@ -38,6 +38,13 @@ class _Transport(AiohttpTransport):
 
 
 class _Client(HttpxAiohttpClient):
+    async def send(self, request: httpx.Request, *, stream: bool = False, **_: Any) -> httpx.Response:
+        """Straight to the transport: httpx's own way looks for auth, cookies, redirects and hooks, at half the cost of a request."""
+        response = await self._transport_for_url(request.url).handle_async_request(request)
+        if not stream:
+            await response.aread()
+        return response
+
     def _init_transport(self, *_: Any, **options: Any) -> httpx.AsyncBaseTransport:
         return _Transport(**options)
 

@@ -1,0 +1,201 @@
+"""Heartbeat, leadership, rescue, by keepers that run: stories wait for rows and events, never for a time."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+from stage import Mailbox, a_batch, a_job, a_worker, job, play, rows, take
+
+from worker import database
+from worker.intervene import cancel
+from worker.job import Lane
+from worker.keeper import LEADER_LOCK, Keeper
+from worker.settings import Settings
+from worker.settlement import Cancelled
+from worker.wiring import redis_client
+
+
+class Hands:
+    """What a heartbeat sees of `Attempts`: the jobs in hand, and who was told to stop."""
+
+    def __init__(self):
+        self.held, self.waiting, self.draining, self.stopped = {}, set(), False, {}
+
+    def holds(self, job_id):
+        return job_id in self.held
+
+    def take(self, job_id):
+        self.held[job_id] = SimpleNamespace(stop=lambda why: self.stopped.update({job_id: why}))
+
+
+@asynccontextmanager
+async def a_keeper(database_url, redis_url, mailbox=None, **settings):
+    db, redis = database.engine(database_url, pooled=False), redis_client(redis_url)
+    chosen = Settings(**{"heartbeat_s": 0.02, "heartbeat_ttl_s": 60, "pack_size": 10, "bulk_slots": 20, **settings})
+    keeper = Keeper(db, redis, (mailbox or Mailbox()).publish, chosen, list(Lane))
+    await keeper.register()
+    try:
+        yield keeper
+    finally:
+        await redis.aclose()
+        await db.dispose()
+
+
+@asynccontextmanager
+async def at_work(*loops):
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(db, sql, **values):
+    while not (found := await rows(db, sql, **values)):
+        await asyncio.sleep(0.01)
+    return found
+
+
+async def leader_pid(db, *, other_than=0):
+    sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = :lock AND granted AND pid <> :pid AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    return (await until(db, sql, lock=LEADER_LOCK, pid=other_than))[0].pid
+
+
+def test_a_heartbeat_brings_a_cancel_to_the_job_and_the_waiting_messages_to_the_ledger(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url) as keeper:
+            kept, unwanted = await a_job(db), await a_job(db)
+            await take(db, [kept, unwanted], keeper.worker_id)
+            hands = Hands()
+            hands.take(kept)
+            hands.take(unwanted)
+            hands.waiting.add(kept)
+            async with at_work(keeper.beat(hands)):
+                await until(db, "SELECT FROM workers WHERE waiting = ARRAY[CAST(:id AS uuid)]", id=kept)
+                await cancel(db, job_ids=[unwanted])
+                while not hands.stopped:
+                    await asyncio.sleep(0.01)
+                hands.draining = True
+                await until(db, "SELECT FROM workers WHERE state = 'draining'")
+            assert hands.stopped == {unwanted: Cancelled()}
+            assert keeper.may_call()
+
+    play(database_url, story)
+
+
+def test_a_worker_that_was_declared_dead_comes_back_under_a_new_id(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url) as keeper:
+            before = keeper.worker_id
+            await rows(db, "UPDATE workers SET state = 'dead'")
+            async with at_work(keeper.beat(Hands())):
+                await until(db, "SELECT FROM workers WHERE state = 'live'")
+            states = {row.id: row.state for row in await rows(db, "SELECT id, state FROM workers")}
+            assert states == {before: "dead", keeper.worker_id: "live"}
+
+    play(database_url, story)
+
+
+def test_a_job_under_its_name_that_it_does_not_hold_is_released_and_one_that_it_holds_is_not(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url) as keeper:
+            held, stray = await a_job(db), await a_job(db)
+            await take(db, [held, stray], keeper.worker_id)
+            hands = Hands()
+            hands.take(held)
+            async with at_work(keeper.beat(hands)):
+                await until(db, "SELECT FROM jobs WHERE id = :id AND state = 'queued'", id=stray)
+            assert (await job(db, held)).state == "running"
+
+    play(database_url, story)
+
+
+def test_a_job_not_held_at_one_beat_only_is_no_stray(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url) as keeper, db.connect() as connection:
+            job_id = await a_job(db)
+            hands = Hands()
+            for _ in range(3):
+                await take(db, [job_id], keeper.worker_id)
+                await keeper._beat_once(connection, hands)
+                assert (await job(db, job_id)).state == "running"
+                await rows(db, "UPDATE jobs SET state = 'queued', worker_id = NULL, dispatched_at = NULL")
+
+    play(database_url, story)
+
+
+def test_of_two_keepers_one_leads_and_the_other_follows_when_its_connection_is_cut(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url) as one, a_keeper(database_url, redis_url) as other:
+            async with at_work(one.lead(), other.lead()):
+                first = await leader_pid(db)
+                await rows(db, "SELECT pg_terminate_backend(:pid)", pid=first)
+                assert await leader_pid(db, other_than=first) != first
+                await a_batch(db, 20)
+                await until(db, "SELECT FROM jobs WHERE dispatched_at IS NOT NULL HAVING count(*) = 20")
+
+    play(database_url, story)
+
+
+def test_the_leader_rescues_only_after_a_grace_of_one_ttl_and_only_who_is_silent(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=2) as keeper:
+            silent, gone = await a_worker(db), await a_worker(db, state="gone")
+            job_id, held = await a_job(db), await a_job(db)
+            await take(db, [job_id], silent)
+            await take(db, [held], keeper.worker_id)
+            await rows(db, "UPDATE workers SET seen_at = now() - interval '1 hour' WHERE id = :id", id=silent)
+            hands = Hands()
+            hands.take(held)
+            expiring = await a_job(db)
+            await take(db, [await a_job(db)], gone)
+            await rows(db, "UPDATE jobs SET deadline_at = now() WHERE id = :id", id=expiring)
+            async with at_work(keeper.lead(), keeper.beat(hands)):
+                await until(db, "SELECT FROM jobs WHERE state = 'expired'")  # it mends, but has not begun to rescue
+                assert len(await rows(db, "SELECT FROM jobs WHERE state = 'running'")) == 3
+                assert len(await rows(db, "SELECT FROM workers WHERE state = 'dead'")) == 0
+                await until(db, "SELECT FROM jobs WHERE id = :id AND state = 'queued'", id=job_id)
+                states = {row.id: row.state for row in await rows(db, "SELECT id, state FROM workers")}
+                assert states == {silent: "dead", gone: "gone", keeper.worker_id: "live"}
+                assert (await job(db, held)).state == "running"
+
+    play(database_url, story)
+
+
+def test_a_worker_that_retired_is_known_at_once_and_stays_dead_when_it_was(database_url, redis_url):
+    async def story(db):
+        async with a_keeper(database_url, redis_url) as keeper:
+            await keeper.retire()
+            assert [row.state for row in await rows(db, "SELECT state FROM workers")] == ["gone"]
+            await rows(db, "UPDATE workers SET state = 'dead'")
+            await keeper.retire()
+            assert [row.state for row in await rows(db, "SELECT state FROM workers")] == ["dead"]
+
+    play(database_url, story)
+
+
+def test_packs_are_never_larger_than_what_a_worker_runs_at_once(database_url, redis_url):
+    async def story(db):
+        mailbox = Mailbox()
+        async with a_keeper(database_url, redis_url, mailbox, bulk_slots=4) as keeper:
+            await a_batch(db, 12)
+            async with at_work(keeper.lead()):
+                await until(db, "SELECT FROM jobs WHERE dispatched_at IS NOT NULL")
+        assert {len(ids) for _, _, ids in mailbox.messages} == {4}
+
+    play(database_url, story)
+
+
+def test_a_worker_that_cannot_reach_the_ledger_makes_no_new_call(database_url, redis_url, monkeypatch):
+    async def story(db):
+        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=10) as keeper:
+            assert keeper.may_call()
+            seen_s = keeper._seen_s
+            for silent_s, allowed in ((6.9, True), (7.1, False)):
+                monkeypatch.setattr("time.monotonic", lambda silent_s=silent_s: seen_s + silent_s)
+                assert keeper.may_call() is allowed
+            monkeypatch.undo()
+
+    play(database_url, story)
