@@ -13,9 +13,7 @@ from worker import keys
 _BEARER = HTTPBearer(auto_error=False, description="An API key, as `backstop keys create` prints it.")
 
 
-async def authenticated(
-    parts: Opened, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
-) -> keys.Caller:
+async def authenticated(parts: Opened, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> keys.Caller:
     """The holder of the key; 401 without one that works."""
     if credentials is None:
         raise HTTPException(401, "send your API key as `Authorization: Bearer KEY`", {"WWW-Authenticate": "Bearer"})

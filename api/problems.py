@@ -72,9 +72,7 @@ def problem(
         errors=errors,
         reasons=reasons,
     )
-    # ASCII, because a name that a client made up may hold what UTF-8 cannot.
-    encoded = json.dumps(body.model_dump(exclude_none=True)).encode()
-    return Response(encoded, status, headers, MEDIA_TYPE)
+    return Response(json.dumps(body.model_dump(exclude_none=True)), status, headers, MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:

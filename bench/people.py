@@ -27,7 +27,7 @@ from worker.settings import Settings
 from worker.wiring import Connections, connections
 
 BODY = {"messages": [{"role": "user", "content": PROMPT}]}
-BETWEEN_S = 0.05  # from one answer to the next question
+BETWEEN_S = 0.02  # from one answer to the next question
 WARM_UP = 20
 
 
@@ -150,9 +150,7 @@ def _enqueue(tickets: int, place: Path, env: Mapping[str, str]) -> Load:
             raise RuntimeError(f"backstop enqueue ended with {producer.returncode}: see {place / 'enqueue.log'}")
     took_s = time.monotonic() - began_s
     producer_mb = [mb for mb, _ in samples]
-    return Load(
-        tickets, tickets / took_s, (max(producer_mb[: len(samples) // 5 + 1]), max(producer_mb)), max(mb for _, mb in samples)
-    )
+    return Load(tickets, tickets / took_s, (max(producer_mb[: len(samples) // 5 + 1]), max(producer_mb)), max(mb for _, mb in samples))
 
 
 @asynccontextmanager

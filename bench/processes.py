@@ -16,9 +16,7 @@ _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @contextmanager
-def running(
-    arguments: Sequence[str], log: Path, env: Mapping[str, str], *, grace_s: float = 20
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(arguments: Sequence[str], log: Path, env: Mapping[str, str], *, grace_s: float = 20) -> Iterator[subprocess.Popen[bytes]]:
     """`python ARGUMENTS` runs, its words in `log`; afterwards it was asked to stop, and made to after `grace_s`."""
     with log.open("ab") as out:
         process = subprocess.Popen(

@@ -48,8 +48,8 @@ class Size:
     tickets: int
 
 
-FULL = Size(rounds=3, jobs=10_000, usual_jobs=400, asked=400, tickets=100_000)
-QUICK = Size(rounds=1, jobs=5_000, usual_jobs=120, asked=100, tickets=20_000)
+FULL = Size(rounds=3, jobs=10_000, usual_jobs=300, asked=300, tickets=100_000)
+QUICK = Size(rounds=1, jobs=3_000, usual_jobs=60, asked=60, tickets=15_000)
 
 
 @click.command()

@@ -142,12 +142,18 @@ def answered(claimed: Claim, content: str = "hi") -> Settlement:
     return ending(claimed, JobState.SUCCEEDED, answer=answer, calls=booked)
 
 
+async def until(db: AsyncEngine, sql: str, **values: Any) -> list[Any]:
+    """The rows of the query, as soon as there are any."""
+    async with db.connect() as connection:
+        while not (found := await rows(connection, sql, **values)):  # noqa: ASYNC110 - the event is another process's
+            await asyncio.sleep(0.005)
+        return found
+
+
 async def blocked(db: AsyncEngine, count: int) -> None:
     """Returns once so many statements wait for a lock in this database."""
-    sql = "SELECT count(*) AS waiting FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    async with db.connect() as connection:
-        while (await rows(connection, sql))[0].waiting < count:
-            await asyncio.sleep(0.002)
+    sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' HAVING count(*) >= :n"
+    await until(db, sql, n=count)
 
 
 @asynccontextmanager
@@ -159,9 +165,7 @@ async def transaction(db: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield connection
 
 
-async def one_after_the_other(
-    db: AsyncEngine, locked: str, row_id: UUID, *statements: Callable[[], Awaitable[Any]]
-) -> list[Any]:
+async def one_after_the_other(db: AsyncEngine, locked: str, row_id: UUID, *statements: Callable[[], Awaitable[Any]]) -> list[Any]:
     """Their values. All of them began, in this order, while somebody held the row of the table `locked`."""
     tasks: list[asyncio.Future[Any]] = []
     async with transaction(db) as holder:

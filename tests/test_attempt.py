@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 import psycopg
@@ -20,7 +20,7 @@ from worker.attempt import Attempts
 from worker.chain import Chain, Station
 from worker.config import Config
 from worker.cost import Pricing, Usage
-from worker.database import driver_url, engine
+from worker.database import driver_url, engine, upgrade
 from worker.grouping import Group
 from worker.job import Answer, ChatRequest, Lane, new_id
 from worker.ledger import open_calls
@@ -105,7 +105,7 @@ class Bench:
             await connection.execute(text(sql))
 
     def free_slots(self) -> int:
-        return self.slots._free._value
+        return self.slots._free
 
 
 @asynccontextmanager
@@ -115,8 +115,7 @@ async def bench(
     db = db or engine(database_url)
     providers = {name: Scripted(name, play or always(said())) for name, play in (("one", one), ("two", two))}
     stations = {
-        name: Station(provider=providers[name], config=config, pricing=Pricing.of(config))
-        for name, config in CONFIG.providers.items()
+        name: Station(provider=providers[name], config=config, pricing=Pricing.of(config)) for name, config in CONFIG.providers.items()
     }
     announced: list[UUID] = []
 
@@ -157,6 +156,24 @@ class Gate:
         return self.reply
 
 
+@pytest.fixture(scope="module")
+def _shared_database(servers):
+    with psycopg.connect(servers.database_url, autocommit=True) as administrator:
+        administrator.execute("CREATE DATABASE attempts")
+        url = urlunsplit(urlsplit(servers.database_url)._replace(path="/attempts"))
+        asyncio.run(upgrade(url))
+        yield url
+        administrator.execute("DROP DATABASE attempts WITH (FORCE)")
+
+
+@pytest.fixture
+def database_url(_shared_database):
+    """One for all tests here, emptied for each: a new one costs more than the test."""
+    with psycopg.connect(_shared_database, autocommit=True) as connection:
+        connection.execute("TRUNCATE jobs, job_requests, results, provider_calls CASCADE")
+    return _shared_database
+
+
 @pytest.fixture
 def postgres(servers, database_url):
     """Shuts the test's database to everybody, and opens it again."""
@@ -173,6 +190,7 @@ def postgres(servers, database_url):
 
     with psycopg.connect(servers.database_url, autocommit=True) as administrator:
         yield Door()
+        Door().open()
 
 
 @pytest.fixture
@@ -353,9 +371,7 @@ def test_a_paid_answer_waits_for_postgres_and_is_settled_once(database_url, post
 
 def test_a_paid_answer_waits_for_a_free_connection(database_url, impatient):
     async def main() -> None:
-        narrow = create_async_engine(
-            driver_url(database_url), isolation_level="AUTOCOMMIT", pool_size=1, max_overflow=0, pool_timeout=0.05
-        )
+        narrow = create_async_engine(driver_url(database_url), isolation_level="AUTOCOMMIT", pool_size=1, max_overflow=0, pool_timeout=0.05)
         gate = Gate()
         async with bench(database_url, gate, db=narrow) as it:
             pack = asyncio.create_task(it.run(await it.jobs()))

@@ -4,12 +4,13 @@ import asyncio
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
-from stage import Mailbox, a_batch, a_job, a_worker, job, play, rows, take
+from stage import Mailbox, a_batch, a_job, a_worker, job, play, rows, take, until
 
 from worker import database
 from worker.intervene import cancel
 from worker.job import Lane
 from worker.keeper import LEADER_LOCK, Keeper
+from worker.loop import cancel_surely
 from worker.settings import Settings
 from worker.settlement import Cancelled
 from worker.wiring import redis_client
@@ -19,13 +20,14 @@ class Hands:
     """What a heartbeat sees of `Attempts`: the jobs in hand, and who was told to stop."""
 
     def __init__(self):
-        self.held, self.waiting, self.draining, self.stopped = {}, set(), False, {}
+        self.held, self.waiting, self.draining = {}, set(), False
+        self.stopped = asyncio.Queue()
 
     def holds(self, job_id):
         return job_id in self.held
 
     def take(self, job_id):
-        self.held[job_id] = SimpleNamespace(stop=lambda why: self.stopped.update({job_id: why}))
+        self.held[job_id] = SimpleNamespace(stop=lambda why: self.stopped.put_nowait((job_id, why)))
 
 
 @asynccontextmanager
@@ -47,19 +49,14 @@ async def at_work(*loops):
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def until(db, sql, **values):
-    while not (found := await rows(db, sql, **values)):
-        await asyncio.sleep(0.01)
-    return found
+        await cancel_surely(tasks)
 
 
 async def leader_pid(db, *, other_than=0):
-    sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = :lock AND granted AND pid <> :pid AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    sql = """
+    SELECT l.pid FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+    WHERE l.locktype = 'advisory' AND l.objid = :lock AND l.granted AND l.pid <> :pid AND d.datname = current_database()
+    """
     return (await until(db, sql, lock=LEADER_LOCK, pid=other_than))[0].pid
 
 
@@ -75,11 +72,9 @@ def test_a_heartbeat_brings_a_cancel_to_the_job_and_the_waiting_messages_to_the_
             async with at_work(keeper.beat(hands)):
                 await until(db, "SELECT FROM workers WHERE waiting = ARRAY[CAST(:id AS uuid)]", id=kept)
                 await cancel(db, job_ids=[unwanted])
-                while not hands.stopped:
-                    await asyncio.sleep(0.01)
+                assert await hands.stopped.get() == (unwanted, Cancelled())
                 hands.draining = True
                 await until(db, "SELECT FROM workers WHERE state = 'draining'")
-            assert hands.stopped == {unwanted: Cancelled()}
             assert keeper.may_call()
 
     play(database_url, story)
@@ -128,38 +123,49 @@ def test_a_job_not_held_at_one_beat_only_is_no_stray(database_url, redis_url):
 
 def test_of_two_keepers_one_leads_and_the_other_follows_when_its_connection_is_cut(database_url, redis_url):
     async def story(db):
-        async with a_keeper(database_url, redis_url) as one, a_keeper(database_url, redis_url) as other:
-            async with at_work(one.lead(), other.lead()):
-                first = await leader_pid(db)
-                await rows(db, "SELECT pg_terminate_backend(:pid)", pid=first)
-                assert await leader_pid(db, other_than=first) != first
-                await a_batch(db, 20)
-                await until(db, "SELECT FROM jobs WHERE dispatched_at IS NOT NULL HAVING count(*) = 20")
+        keepers = a_keeper(database_url, redis_url), a_keeper(database_url, redis_url)
+        async with keepers[0] as one, keepers[1] as other, at_work(one.lead(), other.lead()):
+            first = await leader_pid(db)
+            await rows(db, "SELECT pg_terminate_backend(:pid)", pid=first)
+            assert await leader_pid(db, other_than=first) != first
+            await a_batch(db, 20)
+            await until(db, "SELECT FROM jobs WHERE dispatched_at IS NOT NULL HAVING count(*) = 20")
 
     play(database_url, story)
 
 
-def test_the_leader_rescues_only_after_a_grace_of_one_ttl_and_only_who_is_silent(database_url, redis_url):
+async def silent_and_speaking(db):
+    """The jobs of a worker that was last seen an hour ago, and of one that will have been seen for another hour."""
+    silent, speaking = await a_worker(db), await a_worker(db)
+    ids = [await a_job(db), await a_job(db)]
+    await take(db, ids[:1], silent)
+    await take(db, ids[1:], speaking)
+    await rows(db, "UPDATE workers SET seen_at = now() - interval '1 hour' WHERE id = :id", id=silent)
+    await rows(db, "UPDATE workers SET seen_at = now() + interval '1 hour' WHERE id = :id", id=speaking)
+    return ids, {silent: "dead", speaking: "live"}
+
+
+def test_a_new_leader_mends_at_once_but_rescues_nobody_before_a_ttl_has_passed(database_url, redis_url):
     async def story(db):
-        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=2) as keeper:
-            silent, gone = await a_worker(db), await a_worker(db, state="gone")
-            job_id, held = await a_job(db), await a_job(db)
-            await take(db, [job_id], silent)
-            await take(db, [held], keeper.worker_id)
-            await rows(db, "UPDATE workers SET seen_at = now() - interval '1 hour' WHERE id = :id", id=silent)
-            hands = Hands()
-            hands.take(held)
-            expiring = await a_job(db)
-            await take(db, [await a_job(db)], gone)
-            await rows(db, "UPDATE jobs SET deadline_at = now() WHERE id = :id", id=expiring)
-            async with at_work(keeper.lead(), keeper.beat(hands)):
-                await until(db, "SELECT FROM jobs WHERE state = 'expired'")  # it mends, but has not begun to rescue
-                assert len(await rows(db, "SELECT FROM jobs WHERE state = 'running'")) == 3
-                assert len(await rows(db, "SELECT FROM workers WHERE state = 'dead'")) == 0
-                await until(db, "SELECT FROM jobs WHERE id = :id AND state = 'queued'", id=job_id)
-                states = {row.id: row.state for row in await rows(db, "SELECT id, state FROM workers")}
-                assert states == {silent: "dead", gone: "gone", keeper.worker_id: "live"}
-                assert (await job(db, held)).state == "running"
+        ids, _ = await silent_and_speaking(db)
+        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=60) as keeper, at_work(keeper.lead()):
+            for _ in range(2):
+                late = await a_job(db)
+                await rows(db, "UPDATE jobs SET deadline_at = now() WHERE id = :id", id=late)
+                await until(db, "SELECT FROM jobs WHERE id = :id AND state = 'expired'", id=late)
+            assert [(await job(db, job_id)).state for job_id in ids] == ["running", "running"]
+
+    play(database_url, story)
+
+
+def test_a_leader_declares_dead_who_was_silent_for_a_ttl_and_rescues_its_jobs(database_url, redis_url):
+    async def story(db):
+        ids, states = await silent_and_speaking(db)
+        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=0.1) as keeper, at_work(keeper.lead()):
+            await until(db, "SELECT FROM jobs WHERE id = :id AND state = 'queued'", id=ids[0])
+            assert (await job(db, ids[1])).state == "running"
+            known = {row.id: row.state for row in await rows(db, "SELECT id, state FROM workers")}
+            assert states.items() <= known.items()
 
     play(database_url, story)
 

@@ -51,11 +51,11 @@ def test_a_revoked_key_is_refused_at_once_and_others_go_on(database_url):
     run(database_url, story)
 
 
-@pytest.mark.parametrize("change", [str.upper, lambda key: key[:-1], lambda key: key + "a", lambda _: "", lambda _: "\x00é"])
-def test_no_other_key_is_taken_for_one(database_url, change):
+def test_no_other_key_is_taken_for_one(database_url):
     async def story(db: AsyncEngine) -> None:
-        new = await keys.create(db, name="ci")
-        assert await keys.verify(db, change(new.secret)) is None
+        secret = (await keys.create(db, name="ci")).secret
+        for other in (secret.upper(), secret[:-1], secret + "a", "", "\x00é", keys.MARK):
+            assert await keys.verify(db, other) is None
 
     run(database_url, story)
 
@@ -87,10 +87,10 @@ def test_use_is_noted_once_a_minute(database_url):
     run(database_url, story)
 
 
-@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 101])
-def test_a_name_that_cannot_be_shown_is_refused(database_url, name):
+def test_a_name_that_cannot_be_shown_is_refused(database_url):
     async def story(db: AsyncEngine) -> None:
-        with pytest.raises(UsageError, match="name of a key"):
-            await keys.create(db, name=name)
+        for name in ("", " ", "a\nb", "x" * 101):
+            with pytest.raises(UsageError, match="name of a key"):
+                await keys.create(db, name=name)
 
     run(database_url, story)

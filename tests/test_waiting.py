@@ -177,6 +177,31 @@ def test_the_poll_outlives_a_database_that_goes_away_and_comes_back(database_url
     asyncio.run(story())
 
 
+def test_a_subscription_that_is_cut_is_renewed(database_url, redis_url, monkeypatch):
+    monkeypatch.setattr(waiting, "POLL_S", 3600)
+    monkeypatch.setattr(waiting, "_RESUBSCRIBE_S", 0.01)
+
+    async def story() -> None:
+        async with opened(database_url, redis_url) as (db, redis, endings):
+            await until(lambda: subscribed(redis))
+            (first,) = await redis.client_list(_type="pubsub")
+            await redis.client_kill_filter(_type="pubsub")
+            await until(lambda: subscribed_anew(redis, first["id"]))
+            (job_id,) = await queued_jobs(db)
+            wait = asyncio.create_task(endings.wait([job_id], LONG_S))
+            await until(registered(endings))
+            await end(db, job_id)
+            await announce(redis, [job_id])
+            assert await asyncio.wait_for(wait, LONG_S / 2) == set()
+
+    asyncio.run(story())
+
+
+async def subscribed_anew(redis: Redis, first_id: str) -> bool:
+    clients = await redis.client_list(_type="pubsub")
+    return bool(clients) and all(client["id"] != first_id for client in clients)
+
+
 def test_it_closes_at_whatever_moment_redis_is_being_connected(database_url, redis_url):
     async def story() -> None:
         async with asyncio.timeout(LONG_S):

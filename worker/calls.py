@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 from worker.cost import Pricing, Usage
@@ -32,6 +33,22 @@ class Call:
     cost_usd: Decimal | None
     price_source: str | None
     answer: Answer | None
+
+    def to_json(self) -> dict[str, Any]:
+        """By the columns of `provider_calls`, without the answer."""
+        return {
+            "id": str(self.id),
+            "started_at": self.started_at.isoformat(),
+            "ended_at": self.ended_at.isoformat(),
+            "latency_ms": self.latency_ms,
+            "outcome": self.signal.value,
+            "http_status": self.http_status,
+            "error_code": self.error_code,
+            **self.usage.to_json(),
+            "billing": self.billing.value,
+            "cost_usd": None if self.cost_usd is None else str(self.cost_usd),
+            "price_source": self.price_source,
+        }
 
 
 class Stopwatch:

@@ -63,9 +63,7 @@ def shares(
 class Dispatcher:
     """Works on the leader's own connection: when that breaks, its leadership is gone, and so is this."""
 
-    def __init__(
-        self, db: AsyncConnection, redis: Redis, publish: Publish, *, pack_size: int, dispatch_ttl_s: float
-    ) -> None:
+    def __init__(self, db: AsyncConnection, redis: Redis, publish: Publish, *, pack_size: int, dispatch_ttl_s: float) -> None:
         self._db = db
         self._redis = redis
         self._publish = publish

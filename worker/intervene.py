@@ -50,9 +50,7 @@ async def cancel(
     """The named jobs, those of a batch, or those of one Celery message end cancelled, unless they have ended already."""
     cancelled = flagged = 0
     while True:
-        (row,) = await run(
-            db, _CANCEL, ids=list(job_ids), batch=batch_id, delivery=delivery_id, tenant=tenant, most=chunk
-        )
+        (row,) = await run(db, _CANCEL, ids=list(job_ids), batch=batch_id, delivery=delivery_id, tenant=tenant, most=chunk)
         cancelled, flagged = cancelled + row.cancelled, flagged + row.flagged
         if row.cancelled + row.flagged < chunk:
             return Cancelled(cancelled, flagged)
@@ -83,9 +81,7 @@ SELECT id FROM moved
 """)
 
 
-async def requeue(
-    db: AsyncEngine, *, job_ids: Sequence[UUID] = (), batch_id: UUID | None = None, chunk: int = 10_000
-) -> int:
+async def requeue(db: AsyncEngine, *, job_ids: Sequence[UUID] = (), batch_id: UUID | None = None, chunk: int = 10_000) -> int:
     """Failed, cancelled and expired jobs are queued once more, with fresh attempts and their full time; how many.
 
     Rows that never could be sent (no request) stay failed.

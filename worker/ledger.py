@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.calls import Call
 from worker.job import Answer, ChatRequest, JobState, Lane, new_id
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """An earlier call in the present walk of the chain. `answer`: paid for, but its settle came too late."""
@@ -129,9 +130,7 @@ FROM claimed c JOIN job_requests r ON r.job_id = c.id LEFT JOIN opened o ON o.jo
 """)
 
 
-async def claim(
-    db: AsyncEngine, job_ids: Sequence[UUID], worker_id: UUID, first_calls: Mapping[str, tuple[str, str]]
-) -> list[Claim]:
+async def claim(db: AsyncEngine, job_ids: Sequence[UUID], worker_id: UUID, first_calls: Mapping[str, tuple[str, str]]) -> list[Claim]:
     """Those of the jobs that are ready are ours now, their fence raised; the others are done, cancelled or somebody else's.
 
     `first_calls` names by chain the provider and model that will most likely be asked first: their call rows are opened at once,
@@ -274,26 +273,8 @@ def _ending(s: Settlement) -> dict[str, Any]:
 def _booking(s: Settlement, call: Call) -> dict[str, Any]:
     """`settled`: its answer is the one the job is settled with, and travels once."""
     settled = call.answer is s.answer
-    return {
-        "id": str(call.id),
-        "job_id": str(s.job_id),
-        "fence": s.fence,
-        "started_at": call.started_at.isoformat(),
-        "ended_at": call.ended_at.isoformat(),
-        "latency_ms": call.latency_ms,
-        "outcome": call.signal.value,
-        "http_status": call.http_status,
-        "error_code": call.error_code,
-        "input_tokens": call.usage.input_tokens,
-        "output_tokens": call.usage.output_tokens,
-        "cached_tokens": call.usage.cached_tokens,
-        "reasoning_tokens": call.usage.reasoning_tokens,
-        "billing": call.billing.value,
-        "cost_usd": None if call.cost_usd is None else str(call.cost_usd),
-        "price_source": call.price_source,
-        "answer": call.answer.to_json() if call.answer and not settled else None,
-        "settled": settled,
-    }
+    own = {"job_id": str(s.job_id), "fence": s.fence, "settled": settled}
+    return {**call.to_json(), **own, "answer": call.answer.to_json() if call.answer and not settled else None}
 
 
 async def run(db: AsyncEngine, statement: TextClause, **values: Any) -> list[Any]:

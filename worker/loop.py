@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -46,7 +46,13 @@ class LoopThread:
 
 
 async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await cancel_surely(list(asyncio.all_tasks() - {asyncio.current_task()}))
+
+
+async def cancel_surely(tasks: Collection[asyncio.Task[Any] | None]) -> None:
+    """All of them have ended. Told again every second: on Python 3.11 `wait_for`, which psycopg waits with, forgets a cancel
+    that comes at the same moment as its result."""
+    while left := [task for task in tasks if task is not None and not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=1)

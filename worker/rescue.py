@@ -37,10 +37,12 @@ WITH target AS (
     WHERE j.state = 'running' AND w.state IN ('dead', 'gone') ORDER BY j.id LIMIT :most FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET
-        state = CASE WHEN j.cancel_requested THEN 'cancelled' WHEN j.attempts + :death_costs >= :max_attempts THEN 'failed' ELSE 'queued' END,
+        state = CASE WHEN j.cancel_requested THEN 'cancelled'
+            WHEN j.attempts + :death_costs >= :max_attempts THEN 'failed' ELSE 'queued' END,
         finished_at = CASE WHEN j.cancel_requested OR j.attempts + :death_costs >= :max_attempts THEN now() END,
         error = CASE WHEN j.attempts + :death_costs >= :max_attempts THEN jsonb_build_object('code', 'worker_died',
-            'message', format('worker after worker died over it, or it went unanswered, until fence %s', j.fence), 'providers', '[]'::jsonb) END,
+            'message', format('worker after worker died over it, or it went unanswered, until fence %s', j.fence),
+            'providers', '[]'::jsonb) END,
         attempts = j.attempts + :death_costs, worker_id = NULL, dispatched_at = NULL, run_at = now()
     FROM target t WHERE j.id = t.id AND j.fence = t.fence AND j.state = 'running' AND j.worker_id = t.worker_id
     RETURNING j.id, j.batch_id, j.state
@@ -59,12 +61,13 @@ async def rescue(db: AsyncConnection, *, most: int = 1_000) -> list[UUID]:
 
 _RELEASE = text(f"""
 WITH target AS (
-    SELECT j.id FROM jobs j JOIN unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS t(id, fence) ON t.id = j.id AND t.fence = j.fence
+    SELECT j.id FROM jobs j
+    JOIN unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS t(id, fence) ON t.id = j.id AND t.fence = j.fence
     WHERE j.state = 'running' AND j.worker_id = :worker FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET
-        state = CASE WHEN j.cancel_requested THEN 'cancelled' ELSE 'queued' END, finished_at = CASE WHEN j.cancel_requested THEN now() END,
-        worker_id = NULL, dispatched_at = NULL, run_at = now()
+        state = CASE WHEN j.cancel_requested THEN 'cancelled' ELSE 'queued' END,
+        finished_at = CASE WHEN j.cancel_requested THEN now() END, worker_id = NULL, dispatched_at = NULL, run_at = now()
     FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state
 ), orphaned AS (
     UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now()

@@ -141,7 +141,13 @@ _BATCH = text("SELECT id, state, fingerprint, total FROM batches WHERE tenant = 
 
 
 async def open_batch(
-    db: AsyncEngine, name: str, *, fingerprint: Sequence[Any], columns: Sequence[str] | None, fields: Sequence[str] = (), tenant: str = "default"
+    db: AsyncEngine,
+    name: str,
+    *,
+    fingerprint: Sequence[Any],
+    columns: Sequence[str] | None,
+    fields: Sequence[str] = (),
+    tenant: str = "default",
 ) -> Batch:
     """The batch of that name, new or resumed. Raises UsageError when the name belongs to another file, template or chain."""
     print_ = _fingerprint(fingerprint)
@@ -199,10 +205,7 @@ async def add_rows(
             chains=[row.chain for row in chunk],
             requests=[jsonb(row.request.to_json() if row.request else None) for row in chunk],
             sources=[jsonb(row.source) for row in chunk],
-            errors=[
-                jsonb({"code": "unusable_row", "message": row.problem, "providers": []} if row.problem else None)
-                for row in chunk
-            ],
+            errors=[jsonb({"code": "unusable_row", "message": row.problem, "providers": []} if row.problem else None) for row in chunk],
         )
         yield added[0].added
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
@@ -24,6 +25,7 @@ from worker.wiring import WorkerProcess
 
 log = structlog.get_logger(__name__)
 _LANES = {queue_name(lane): lane for lane in Lane}
+BULK_NICENESS = 10  # where cores are short, a worker of the bulk lane alone leaves them to those that people wait for
 
 
 class Process(bootsteps.StartStopStep):
@@ -35,6 +37,8 @@ class Process(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         lanes = [_LANES[name] for name in parent.app.amqp.queues.consume_from if name in _LANES]
+        if lanes == [Lane.BULK]:
+            os.nice(BULK_NICENESS)  # threads started from here on inherit it
         Process.loop = LoopThread()
         try:
             Process.process = Process.loop.submit(WorkerProcess.open(Settings(), lanes)).result()

@@ -21,7 +21,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import cli
 from worker.cli.children import Children
 from worker.errors import BackstopError
-from worker.job import Lane
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 
@@ -110,7 +109,7 @@ def answer_of(api: str, key: str, question: str) -> dict[str, object]:
     return job
 
 
-def test_up_starts_everything_stops_without_a_trace_and_keeps_its_data(place):
+def test_up_starts_everything_stops_without_a_trace_keeps_its_data_and_names_a_child_that_died(place):
     api_port, flower_port, vendor_port = unused_port(), unused_port(), unused_port()
     (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=vendor_port))
     (place / "script.toml").write_text('[providers.steady]\nmodel = "sim"\n')
@@ -125,7 +124,8 @@ def test_up_starts_everything_stops_without_a_trace_and_keeps_its_data(place):
         key = (place / ".backstop" / "api-key").read_text().strip()
         job = answer_of(api, key, "is anybody there?")
         assert job["state"] == "succeeded"
-        check_flower(flower, (place / ".backstop" / "flower-login").read_text().strip(), str(job["id"]))
+        login = (place / ".backstop" / "flower-login").read_text().strip()
+        check_flower(flower, login, ask=lambda: answer_of(api, key, "and now?"))
         ours = descendants(process.pid)
         assert len(ours) > 8  # itself, two workers, API, beat, Flower, two servers and those who mind them
         process.send_signal(signal.SIGINT)
@@ -137,39 +137,28 @@ def test_up_starts_everything_stops_without_a_trace_and_keeps_its_data(place):
         kept = httpx.get(f"{api}/v1/jobs/{job['id']}", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
         assert kept.json()["result"] == job["result"]
         ours = descendants(process.pid)
-        process.kill()
-        assert eventually(lambda: gone(ours)), "killed, it must not leave its children and servers behind"
-
-
-def check_flower(flower: httpx.Client, login: str, job_id: str) -> None:
-    """Behind a password and read-only; shows both workers and the job's message, in ids and counts."""
-    assert flower.get("/api/workers").status_code == 401
-    flower.auth = tuple(login.split(":"))  # type: ignore[assignment]
-    assert eventually(lambda: len(flower.get("/api/workers?refresh=1").json()) == 2)
-    names = flower.get("/api/workers").json()
-    assert sorted(name.split("-")[0] for name in names) == ["bulk", "interactive"]
-    assert eventually(lambda: job_id in flower.get("/api/tasks").text)
-    (task,) = flower.get("/api/tasks").json().values()
-    assert task["name"] == "backstop.run_jobs"
-    assert task["kwargs"] == f"{{'job_ids': ['{job_id}']}}"
-    assert task["result"] == "{'succeeded': 1}"
-    assert flower.post(f"/api/task/revoke/{task['uuid']}").status_code == 403
-    assert flower.post(f"/api/worker/shutdown/{next(iter(names))}").status_code == 403
-
-
-def test_up_ends_with_the_last_words_of_a_child_that_died(place, database_url, redis_url, monkeypatch):
-    monkeypatch.setenv("DATABASE_URL", database_url)
-    monkeypatch.setenv("REDIS_URL", redis_url)
-    (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=1))
-    with command("up", "--no-flower", "--port", str(unused_port())) as process:
-        said(process, "Ctrl-C stops everything")
-        ours = descendants(process.pid)
         (victim,) = (pid for pid in ours if b"beat" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
         os.kill(victim, signal.SIGKILL)
-        words = said(process, "beat ended with code -9")
-        assert "logs/beat.log" in words
+        assert "logs/beat.log" in said(process, "beat ended with code -9")
         assert process.wait(PATIENCE_S) == 1
-        assert gone(ours)
+        assert gone(ours), "one died, so all have ended"
+
+
+def check_flower(flower: httpx.Client, login: str, ask: Callable[[], object]) -> None:
+    """Behind a password and read-only; shows both workers, and messages in ids and counts."""
+    assert flower.get("/api/workers").status_code == 401
+    flower.auth = tuple(login.split(":"))  # type: ignore[assignment]
+    assert eventually(lambda: len(flower.get("/workers?json=1").json()["data"]) == 2)
+    names = [worker["hostname"] for worker in flower.get("/workers?json=1").json()["data"]]
+    assert sorted(name.split("-")[0] for name in names) == ["bulk", "interactive"]
+    # It shows what happens from when it listens; a job before that it does not know.
+    assert eventually(lambda: bool(ask()) and "SUCCESS" in flower.get("/api/tasks").text)
+    task = next(task for task in flower.get("/api/tasks").json().values() if task["state"] == "SUCCESS")
+    assert task["name"] == "backstop.run_jobs"
+    assert task["kwargs"] == f"{{'job_ids': ['{task['uuid']}']}}"
+    assert task["result"] == "{'succeeded': 1}"
+    assert flower.post(f"/api/task/revoke/{task['uuid']}").status_code == 403
+    assert flower.post(f"/api/worker/shutdown/{names[0]}").status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -212,7 +201,7 @@ def test_a_revoke_through_celery_cancels_a_running_job(place, database_url, redi
         (place / "backstop.toml").write_text(CONFIG.format(name="silent", port=silent.getsockname()[1]))
 
         async def revoked(db: AsyncEngine) -> None:
-            job_id = await stage.a_job(db, lane=Lane.INTERACTIVE)
+            job_id = await stage.a_job(db)
             with command("-A", "worker.app", "worker", program=("-m", "celery")) as worker:
                 job = await reached(db, job_id, "running")
                 control = [sys.executable, "-m", "celery", "-A", "worker.app", "control", "revoke", str(job.delivery_id)]

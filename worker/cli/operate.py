@@ -71,6 +71,8 @@ def providers(action: Literal["open", "close", "reset"] | None, name: str | None
             show_json(status) if as_json else click.echo(f"{name} is {status.state}")
             return
         statuses = await open_.breakers.status(list(configured.providers))
+        if any(status.local for status in statuses):
+            say("Redis does not answer: what the workers know of the providers is not known here")
         today = {row.provider: row for row in await reads.providers_today(open_.db)}
         if as_json:
             show_json([{"breaker": status, "today": today.get(status.provider)} for status in statuses])

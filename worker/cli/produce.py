@@ -210,7 +210,8 @@ async def load_batch(open_: Connections, batch: Batch, rows: Iterator[Row], sour
                 added += new
                 bar.update(task, completed=added)
     except BaseException:
-        say(f"{added} rows were submitted to batch {batch.name} before this; run it again with --batch {batch.name} to go on")
+        again = f"{added} rows were submitted before this; run it again with --batch {batch.name} to go on"
+        say(again if added or batch.resumed else "nothing was submitted")
         raise
     await close_batch(open_.db, batch)
     _say_read(source)

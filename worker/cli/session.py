@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from worker import database
+from worker import database, events
 from worker.embedded.servers import provided
 from worker.errors import Unreachable, UsageError
 from worker.settings import Settings
@@ -57,6 +57,8 @@ def with_ledger(work: Callable[[Connections], Awaitable[Value]]) -> Value:
             return await work(open_)
 
     with servers() as settings:
+        # What goes wrong is said in words by the command itself.
+        events.configure(settings.model_copy(update={"log_level": "critical"}))
         try:
             return asyncio.run(connected(settings))
         except DBAPIError as error:

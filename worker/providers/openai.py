@@ -85,7 +85,9 @@ class OpenAICompatible:
         if len(body) > _PAST_AIOHTTPS_LIMIT_BYTES:
             pieces = _Pieces(body)
             return httpx.Request("POST", self._url, headers=headers, stream=pieces, extensions=self._extensions)
-        return httpx.Request("POST", self._url, headers=headers, content=body, extensions=self._extensions)
+        request = httpx.Request("POST", self._url, headers=headers, content=body, extensions=self._extensions)
+        request.headers.encoding = "ascii"  # as they are: httpx would guess it anew for each header it is asked for
+        return request
 
     def _reply(self, response: httpx.Response, content: bytes | None) -> Reply:
         if content is None and response.status_code < 300:
