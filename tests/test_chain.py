@@ -18,19 +18,13 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
 from worker import chain as chain_module
+from worker import walk as walk_module
 from worker.chain import (
     FAILOVER_S,
     LEAST_CALL_S,
     RETRY_CAP_S,
-    Answered,
     Chain,
-    Exhausted,
-    Outcome,
-    OutOfTime,
-    Parked,
-    Refused,
     Station,
-    Walk,
 )
 from worker.config import ChainConfig, ProviderConfig
 from worker.cost import Pricing, Usage
@@ -42,6 +36,7 @@ from worker.resilience import breaker as breaker_module
 from worker.resilience.breaker import Breakers
 from worker.resilience.circuit import RULES
 from worker.signals import POLICIES, Next, Signal, Verdict
+from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 
 FAILED = Signal.SERVER_ERROR
 SCHEMA = {"type": "object", "required": ["label"], "properties": {"label": {"type": "string"}}}
@@ -124,12 +119,9 @@ class Stage:
         stations = {}
         for name, replies in self.script.items():
             config = ProviderConfig.model_validate(
-                {"base_url": "http://127.0.0.1:1/v1", "model": "m", "price": {"input": "1", "output": "2"}}
-                | self.config.get(name, {})
+                {"base_url": "http://127.0.0.1:1/v1", "model": "m", "price": {"input": "1", "output": "2"}} | self.config.get(name, {})
             )
-            stations[name] = Station(
-                provider=Scripted(name, list(replies), self.diary), config=config, pricing=Pricing.of(config)
-            )
+            stations[name] = Station(provider=Scripted(name, list(replies), self.diary), config=config, pricing=Pricing.of(config))
         self.chain = Chain(stations, self.breakers, Group(self.open), self.may_call, rng=self.rng)
 
     async def open(self, calls: list[NewCall]) -> list[None]:
@@ -191,6 +183,7 @@ def virtual_time() -> Iterator[asyncio.Runner]:
         loop = runner.get_loop()
         clock = SimpleNamespace(monotonic=loop.time, monotonic_ns=lambda: int(loop.time() * 1e9))
         patch.setattr(chain_module, "time", clock)
+        patch.setattr(walk_module, "time", clock)
         patch.setattr(breaker_module, "time", clock)
         yield runner
 

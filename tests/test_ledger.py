@@ -120,6 +120,9 @@ def test_a_parked_job_goes_on_in_its_walk_and_a_new_walk_forgets_it(database_url
         (third,) = await take(db, [job_id])
         assert (third.fence, third.attempts, third.asked) == (3, 1, ())
         assert third.opened_id is not None
+        await settle(db, [ending(third, QUEUED, calls=(a_call(third.opened_id, Signal.OVERLOADED),))])
+        (fourth,) = await take(db, [job_id])
+        assert [asked.outcome for asked in fourth.asked] == ["overloaded"]
 
     play(database_url, story)
 

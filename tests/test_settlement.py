@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.chain import Answered, Exhausted, OutOfTime, Parked, Reason, Refused, Walk
 from worker.cost import Usage
 from worker.job import TRANSITIONS, Answer, ChatRequest, JobState, Lane, new_id
 from worker.ledger import Claim
 from worker.settlement import AGAIN_CAP_S, MAX_ATTEMPTS, PARK_JITTER, Cancelled, Released, decide
 from worker.signals import Signal
+from worker.walk import Answered, Exhausted, OutOfTime, Parked, Reason, Refused, Walk
 
 ANSWER = Answer(content="x", finish_reason="stop", provider="p", model="m", usage=Usage())
 CLAIM = Claim(

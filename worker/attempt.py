@@ -13,7 +13,7 @@ from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlche
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.calls import Call
-from worker.chain import Chain, Exhausted, Outcome, Walk
+from worker.chain import Chain
 from worker.config import Config
 from worker.cost import Usage
 from worker.dispatch import withdraw
@@ -25,6 +25,7 @@ from worker.route import first_calls, route
 from worker.settlement import Cancelled, Released, decide
 from worker.signals import Billing
 from worker.slots import Slots
+from worker.walk import Exhausted, Outcome, Walk
 
 log = structlog.get_logger(__name__)
 

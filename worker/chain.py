@@ -13,25 +13,26 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 from uuid import UUID
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.calls import Call, Stopwatch
+from worker.calls import Stopwatch
 from worker.config import ChainConfig, ProviderConfig
 from worker.cost import Pricing
 from worker.events import origin
 from worker.grouping import Group
-from worker.job import Answer, new_id
-from worker.ledger import Claim, NewCall
+from worker.job import new_id
+from worker.ledger import NewCall
 from worker.providers.provider import Provider, Reply
 from worker.resilience.backoff import delay_s
 from worker.resilience.breaker import Admission, Breakers
 from worker.signals import POLICIES, Next, Signal, Verdict
 from worker.validation import fits, usable
+from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Reason, Refused, Walk
 
 FAILOVER_S = 0.5  # a failing provider may cost a job so much before the next one is asked
 RESERVE_S = 2.0  # kept for each provider that has not been asked yet
@@ -46,75 +47,6 @@ _FINAL = frozenset(s for s, policy in POLICIES.items() if policy.next is Next.ST
 
 Value = TypeVar("Value")
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a provider gave no answer: a signal when it was asked, else what kept it from being asked."""
-
-    provider: str
-    reason: str
-    http_status: int | None = None
-    error_code: str | None = None
-    retry_after_s: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: v for k in self.__slots__ if (v := getattr(self, k)) is not None}
-
-
-@dataclass(slots=True)
-class Walk:
-    """One attempt's way through the chain, kept outside of it so that a cancelled walk is booked as well."""
-
-    claim: Claim
-    calls: list[Call] = field(default_factory=list)
-    reasons: list[Reason] = field(default_factory=list)
-    unsent: list[UUID] = field(default_factory=list)  # call rows whose requests have not left
-    ends_at_s: float = 0
-
-    def __post_init__(self) -> None:
-        if self.claim.opened_id is not None:
-            self.unsent.append(self.claim.opened_id)
-        self.ends_at_s = time.monotonic() + self.claim.remaining_s
-
-    def remaining_s(self) -> float:
-        return self.ends_at_s - time.monotonic()
-
-    def paid(self) -> Answered | None:
-        """The answer that is in hand although the walk was cut short before it could say so."""
-        return next((Answered(call.answer) for call in self.calls if call.answer is not None), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """No provider may or can answer this request as it is: attempting it again would not help."""
-
-    signal: Signal
-
-
-@dataclass(frozen=True, slots=True)
-class Exhausted:
-    """Everyone who could be asked was asked, and failed in a way that may pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parked:
-    """Nobody could be asked; the earliest that can change is in `retry_after_s`."""
-
-    retry_after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class OutOfTime:
-    """The job's deadline came first."""
-
-
-Outcome = Answered | Refused | Exhausted | Parked | OutOfTime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ async def _cancel_others() -> None:
 
 
 async def cancel_surely(tasks: Collection[asyncio.Task[Any] | None]) -> None:
-    """All of them have ended. Told again every second: on Python 3.11 `wait_for`, which psycopg waits with, forgets a cancel
+    """All of them have ended. Told again every second: on Python 3.11 `wait_for`, which redis-py sends with, forgets a cancel
     that comes at the same moment as its result."""
     while left := [task for task in tasks if task is not None and not task.done()]:
         for task in left:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from worker.chain import Answered, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 from worker.job import JobState
 from worker.ledger import Settlement
 from worker.resilience.backoff import delay_s
+from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 
 MAX_ATTEMPTS = 10  # ended without an answer so often, a job is given up
 AGAIN_BASE_S = 2.0

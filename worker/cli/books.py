@@ -49,9 +49,7 @@ async def compare(db: AsyncEngine, http: httpx.AsyncClient, simulator: str, sinc
         faults.append(f"{len(off)} requests are on the simulator's bill and not on our books")
     if unsent := booked.keys() - received.keys():
         faults.append(f"{len(unsent)} calls are on our books that no provider received")
-    answers = Counter(
-        booked[line["call_id"]].job_id for line in bill if line["outcome"] == "answered" and line["call_id"] in booked
-    )
+    answers = Counter(booked[line["call_id"]].job_id for line in bill if line["outcome"] == "answered" and line["call_id"] in booked)
     if again := [job for job, times in answers.items() if times > 1]:
         faults.append(f"{len(again)} jobs were answered more than once")
     providers = {}

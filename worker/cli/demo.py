@@ -78,9 +78,7 @@ def _set_scene(data: Path, simulator_port: int) -> None:
         os.environ.pop(name, None)
     config = data / "backstop.toml"
     config.write_text(CONFIG.read_text("utf-8").replace("127.0.0.1:9090", f"127.0.0.1:{simulator_port}"), "utf-8")
-    os.environ.update(
-        BACKSTOP_DATA=str(data), BACKSTOP_CONFIG=str(config), BACKSTOP_BULK_SLOTS=str(IN_FLIGHT), BACKSTOP_PACK_SIZE="4"
-    )
+    os.environ.update(BACKSTOP_DATA=str(data), BACKSTOP_CONFIG=str(config), BACKSTOP_BULK_SLOTS=str(IN_FLIGHT), BACKSTOP_PACK_SIZE="4")
 
 
 async def _play(open_: Connections, settings: Settings, stage: Stage, check: Callable[[], None]) -> dict[str, Any]:
@@ -136,9 +134,7 @@ async def _enqueue(open_: Connections, settings: Settings) -> BatchView:
         return await batch_now(open_.db, batch.id)
 
 
-async def _watch(
-    open_: Connections, http: httpx.AsyncClient, stage: Stage, batch: BatchView, check: Callable[[], None]
-) -> BatchView:
+async def _watch(open_: Connections, http: httpx.AsyncClient, stage: Stage, batch: BatchView, check: Callable[[], None]) -> BatchView:
     """Until every ticket has ended; the first provider is taken down and brought back on the way."""
     pending = [(DOWN_AT, [{"from_s": 0, "kind": "reset"}], "swift is down"), (UP_AT, [], "swift is back")]
     with progress("answering ") as bar:

@@ -86,9 +86,7 @@ def watch(name: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("name", metavar="BATCH|JOB")
-@click.option(
-    "--format", "shape", type=click.Choice(["csv", "jsonl"]), help="Default: by the name of --out, else csv for tickets."
-)
+@click.option("--format", "shape", type=click.Choice(["csv", "jsonl"]), help="Default: by the name of --out, else csv for tickets.")
 @click.option("--out", type=click.Path(path_type=Path), help="A file instead of stdout: whole or not there.")
 @json_option
 def results(name: str, shape: str | None, out: Path | None, as_json: bool) -> None:

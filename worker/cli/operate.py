@@ -83,9 +83,7 @@ def providers(action: Literal["open", "close", "reset"] | None, name: str | None
             figures = (day.calls, day.failed, day.p50_ms, day.p95_ms, money(day.cost_usd)) if day else (0, 0, None, None, "0")
             again = f"{status.retry_after_s:.0f} s" if status.retry_after_s else None
             rows.append((status.provider, status.health, status.state, again, status.reason, *figures))
-        show_table(
-            ("provider", "health", "breaker", "asked again in", "why", "calls today", "failed", "p50 ms", "p95 ms", "USD"), rows
-        )
+        show_table(("provider", "health", "breaker", "asked again in", "why", "calls today", "failed", "p50 ms", "p95 ms", "USD"), rows)
 
     with_ledger(look)
 

@@ -181,9 +181,7 @@ def _dry_run(source: Source, rows: Iterator[Row], as_json: bool) -> None:
     counts = source.counts
     if as_json:
         example = first.request.to_json() if first and first.request else None
-        show_json(
-            {"kind": source.kind, "encoding": source.encoding, "counts": counts, "unusable": len(problems), "first": example}
-        )
+        show_json({"kind": source.kind, "encoding": source.encoding, "counts": counts, "unusable": len(problems), "first": example})
         return
     _say_read(source)
     for ordinal, problem in problems[:10]:

@@ -77,9 +77,7 @@ def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flowe
 
 
 @click.command()
-@click.option(
-    "--lane", "lanes", multiple=True, type=click.Choice([lane.value for lane in Lane]), help="Only this one; default both."
-)
+@click.option("--lane", "lanes", multiple=True, type=click.Choice([lane.value for lane in Lane]), help="Only this one; default both.")
 @click.option("--concurrency", type=click.IntRange(1, 10_000), help="Bulk jobs in flight at once (default 400).")
 def worker(lanes: Sequence[str], concurrency: int | None) -> None:
     """One worker process. SIGTERM lets running calls finish, releases the rest and loses nothing."""

@@ -64,6 +64,4 @@ def with_ledger(work: Callable[[Connections], Awaitable[Value]]) -> Value:
         except DBAPIError as error:
             raise database.unreachable(error) from None
         except RedisError as error:
-            raise Unreachable(
-                f"Redis does not answer ({type(error).__name__}): check REDIS_URL, or run `backstop doctor`"
-            ) from None
+            raise Unreachable(f"Redis does not answer ({type(error).__name__}): check REDIS_URL, or run `backstop doctor`") from None

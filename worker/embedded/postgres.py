@@ -115,9 +115,7 @@ def _account() -> Account | None:
     try:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
-        raise UsageError(
-            "Postgres does not run as root and there is no user nobody: be another user, or set DATABASE_URL"
-        ) from None
+        raise UsageError("Postgres does not run as root and there is no user nobody: be another user, or set DATABASE_URL") from None
     return Account(nobody.pw_uid, nobody.pw_gid)
 
 
@@ -172,9 +170,5 @@ def _copy_for_all(wheel: Path, copy: Path) -> None:
 
 
 def _reason(stderr: str) -> str:
-    lines = (
-        [line for line in stderr.splitlines() if "error:" in line or "FATAL:" in line]
-        or stderr.splitlines()
-        or ["no reason given"]
-    )
+    lines = [line for line in stderr.splitlines() if "error:" in line or "FATAL:" in line] or stderr.splitlines() or ["no reason given"]
     return lines[0].strip()

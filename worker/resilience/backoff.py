@@ -70,8 +70,6 @@ def _reset_s(lower: Mapping[str, str]) -> float | None:
     waits = [
         sum(float(number) * _UNITS_S[unit] for number, unit in _RESET_PART.findall(value))
         for name, value in lower.items()
-        if name.startswith("x-ratelimit-reset-")
-        and lower.get(name.replace("-reset-", "-remaining-")) == "0"
-        and _RESET.fullmatch(value)
+        if name.startswith("x-ratelimit-reset-") and lower.get(name.replace("-reset-", "-remaining-")) == "0" and _RESET.fullmatch(value)
     ]
     return max(waits, default=None)

@@ -77,7 +77,5 @@ def _schema(response_format: Mapping[str, Any]) -> Any:
 def _sentence(seed: int, ticket: str) -> str:
     digest = blake2b(f"{seed}/{ticket}".encode(errors="replace"), digest_size=3).digest()
     topic = " ".join(islice(words(ticket[:300]), 6)).lower() or "your request"
-    opening, advice, closing = (
-        options[byte % len(options)] for options, byte in zip((_OPENINGS, _ADVICE, _CLOSINGS), digest, strict=True)
-    )
+    opening, advice, closing = (options[byte % len(options)] for options, byte in zip((_OPENINGS, _ADVICE, _CLOSINGS), digest, strict=True))
     return f"{opening.format(topic)} {advice}. {closing}"

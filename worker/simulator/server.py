@@ -138,9 +138,7 @@ class Simulator:
                 self.bill.close(seq, "incomplete", None, (0, 0), written=False)
         return await self._play(request, vendor, ask, seq)
 
-    async def _play(
-        self, request: web.BaseRequest, vendor: Vendor, ask: Mapping[str, Any] | None, seq: int
-    ) -> web.StreamResponse:
+    async def _play(self, request: web.BaseRequest, vendor: Vendor, ask: Mapping[str, Any] | None, seq: int) -> web.StreamResponse:
         plan = vendor.next()
         made = _made(vendor, plan, ask)
         written = False
