@@ -110,7 +110,7 @@ class Stage:
     breakers: Overheard = field(default_factory=lambda: Overheard(None))
     config: dict[str, dict[str, Any]] = field(default_factory=dict)
     opening: Exception | Callable[[], Awaitable[None]] | None = None
-    may_call: Callable[[], bool] = lambda: True
+    may_call: Callable[[Claim], bool] = lambda _: True
     rng: Callable[[], float] = lambda: 0.0
     diary: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -144,7 +144,7 @@ class Stage:
 
 def a_claim(**changes: Any) -> Claim:
     values: dict[str, Any] = {
-        "job_id": new_id(), "fence": 1, "attempts": 0, "chain": "default", "lane": Lane.BULK, "tenant": "default",
+        "job_id": new_id(), "worker_id": new_id(), "fence": 1, "attempts": 0, "chain": "default", "lane": Lane.BULK, "tenant": "default",
         "request": ChatRequest([{"role": "user", "content": "hi"}]), "remaining_s": 60.0, "asked": (),
         "opened_id": None, "opened_provider": None,
     }  # fmt: skip
@@ -392,7 +392,7 @@ def test_no_retry_that_would_begin_past_the_deadline():
 
 def test_a_worker_that_lost_its_heartbeat_while_waiting_does_not_retry():
     alive = iter([True, True, False])
-    stage = Stage({"a": [failed(), answered()]}, may_call=lambda: next(alive))
+    stage = Stage({"a": [failed(), answered()]}, may_call=lambda _: next(alive))
     outcome, walk = walked(stage)
     assert outcome == Exhausted()
     assert [call.signal for call in walk.calls] == [FAILED]
@@ -401,7 +401,7 @@ def test_a_worker_that_lost_its_heartbeat_while_waiting_does_not_retry():
 
 
 def test_a_worker_without_a_heartbeat_asks_nobody():
-    stage = Stage({"a": [answered()]}, may_call=lambda: False)
+    stage = Stage({"a": [answered()]}, may_call=lambda _: False)
     assert walked(stage)[0] == Parked(0)
     assert stage.diary == []
 

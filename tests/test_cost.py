@@ -106,9 +106,7 @@ def test_the_endpoint_decides_whose_price_it_is():
 )
 def test_our_sum_agrees_with_the_price_lists_own_also_across_tiers(model, input_tokens):
     own = listed(model).cost(Usage(input_tokens, 777, cached_tokens=333))
-    theirs = genai_prices.calc_price(
-        genai_prices.Usage(input_tokens=input_tokens, output_tokens=777, cache_read_tokens=333), model
-    )
+    theirs = genai_prices.calc_price(genai_prices.Usage(input_tokens=input_tokens, output_tokens=777, cache_read_tokens=333), model)
     assert own == theirs.total_price.quantize(own)
 
 

@@ -22,9 +22,7 @@ logging.getLogger("httpx").info("POST https://key@example.org")
 
 
 def spoken(**env: str) -> tuple[str, list[str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", SPEAK], env={"PATH": "", **env}, capture_output=True, text=True, check=True, timeout=30
-    )
+    done = subprocess.run([sys.executable, "-c", SPEAK], env={"PATH": "", **env}, capture_output=True, text=True, check=True, timeout=30)
     return done.stdout, done.stderr.splitlines()
 
 

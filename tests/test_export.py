@@ -32,9 +32,7 @@ def answer(content, **changes):
 
 
 def done(content, row=None, **changes):
-    return ExportRow(
-        job_id=JOB, state="succeeded", row=row, answer=answer(content), cost_usd=Decimal("0.000120000000"), **changes
-    )
+    return ExportRow(job_id=JOB, state="succeeded", row=row, answer=answer(content), cost_usd=Decimal("0.000120000000"), **changes)
 
 
 def failed(**changes):
@@ -85,9 +83,7 @@ def test_names_that_meet_are_told_apart():
     assert named["model_answer"] == "x"
 
 
-@pytest.mark.parametrize(
-    "cell", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1+1", "+49 30 1234", "-"]
-)
+@pytest.mark.parametrize("cell", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1+1", "+49 30 1234", "-"])
 def test_cells_a_spreadsheet_would_run_get_an_apostrophe(cell):
     header, row = table([done(cell, {cell: cell})], [cell])
     assert header[0] == row[0] == row[1] == f"'{cell}"

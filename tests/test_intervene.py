@@ -89,3 +89,15 @@ def test_a_row_that_never_could_be_sent_stays_failed(database_url):
         await counters_are_exact(db)
 
     play(database_url, story)
+
+
+def test_each_requeue_gives_the_full_time_anew_and_no_more(database_url):
+    async def story(db):
+        job_id = await a_job(db)
+        for _ in range(3):
+            await cancel(db, job_ids=[job_id])
+            assert await requeue(db, job_ids=[job_id]) == 1
+            (row,) = await rows(db, "SELECT deadline_at - run_at = make_interval(secs => deadline_s) AS exact FROM jobs")
+            assert row.exact
+
+    play(database_url, story)

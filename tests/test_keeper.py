@@ -64,7 +64,7 @@ def test_a_heartbeat_brings_a_cancel_to_the_job_and_the_waiting_messages_to_the_
     async def story(db):
         async with a_keeper(database_url, redis_url) as keeper:
             kept, unwanted = await a_job(db), await a_job(db)
-            await take(db, [kept, unwanted], keeper.worker_id)
+            mine, _ = await take(db, [kept, unwanted], keeper.worker_id)
             hands = Hands()
             hands.take(kept)
             hands.take(unwanted)
@@ -75,20 +75,22 @@ def test_a_heartbeat_brings_a_cancel_to_the_job_and_the_waiting_messages_to_the_
                 assert await hands.stopped.get() == (unwanted, Cancelled())
                 hands.draining = True
                 await until(db, "SELECT FROM workers WHERE state = 'draining'")
-            assert keeper.may_call()
+            assert keeper.may_call(mine)
 
     play(database_url, story)
 
 
-def test_a_worker_that_was_declared_dead_comes_back_under_a_new_id(database_url, redis_url):
+def test_a_worker_that_was_declared_dead_comes_back_under_a_new_id_and_lets_go_of_its_jobs(database_url, redis_url):
     async def story(db):
         async with a_keeper(database_url, redis_url) as keeper:
             before = keeper.worker_id
+            (mine,) = await take(db, [await a_job(db)], before)
             await rows(db, "UPDATE workers SET state = 'dead'")
             async with at_work(keeper.beat(Hands())):
                 await until(db, "SELECT FROM workers WHERE state = 'live'")
             states = {row.id: row.state for row in await rows(db, "SELECT id, state FROM workers")}
             assert states == {before: "dead", keeper.worker_id: "live"}
+            assert not keeper.may_call(mine)  # somebody else has it
 
     play(database_url, story)
 
@@ -201,11 +203,12 @@ def test_packs_are_never_larger_than_what_a_worker_runs_at_once(database_url, re
 def test_a_worker_that_cannot_reach_the_ledger_makes_no_new_call(database_url, redis_url, monkeypatch):
     async def story(db):
         async with a_keeper(database_url, redis_url, heartbeat_ttl_s=10) as keeper:
-            assert keeper.may_call()
+            (mine,) = await take(db, [await a_job(db)], keeper.worker_id)
+            assert keeper.may_call(mine)
             seen_s = keeper._seen_s
             for silent_s, allowed in ((6.9, True), (7.1, False)):
                 monkeypatch.setattr("time.monotonic", lambda silent_s=silent_s: seen_s + silent_s)
-                assert keeper.may_call() is allowed
+                assert keeper.may_call(mine) is allowed
             monkeypatch.undo()
 
     play(database_url, story)

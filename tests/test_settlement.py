@@ -17,6 +17,7 @@ from worker.walk import Answered, Exhausted, OutOfTime, Parked, Reason, Refused,
 ANSWER = Answer(content="x", finish_reason="stop", provider="p", model="m", usage=Usage())
 CLAIM = Claim(
     job_id=new_id(),
+    worker_id=new_id(),
     fence=3,
     attempts=0,
     chain="default",
@@ -80,9 +81,7 @@ def test_every_settlement_is_a_legal_move_of_a_running_job(outcome):
     assert decide(outcome, walk()).state in TRANSITIONS[JobState.RUNNING]
 
 
-@pytest.mark.parametrize(
-    ("attempts", "state"), [(MAX_ATTEMPTS - 2, "queued"), (MAX_ATTEMPTS - 1, "failed"), (MAX_ATTEMPTS + 5, "failed")]
-)
+@pytest.mark.parametrize(("attempts", "state"), [(MAX_ATTEMPTS - 2, "queued"), (MAX_ATTEMPTS - 1, "failed"), (MAX_ATTEMPTS + 5, "failed")])
 def test_exhausted_jobs_are_given_up_after_so_many_attempts(attempts, state):
     settlement = decide(Exhausted(), walk(attempts))
     assert (settlement.state, settlement.counted) == (state, True)

@@ -26,7 +26,7 @@ from worker.cost import Pricing
 from worker.events import origin
 from worker.grouping import Group
 from worker.job import new_id
-from worker.ledger import NewCall
+from worker.ledger import Claim, NewCall
 from worker.providers.provider import Provider, Reply
 from worker.resilience.backoff import delay_s
 from worker.resilience.breaker import Admission, Breakers
@@ -59,14 +59,14 @@ class Station:
 
 
 class Chain:
-    """Asks providers in order. `may_call` says whether this worker may still send requests (heartbeat fresh, not dead)."""
+    """Asks providers in order. `may_call`: whether this worker may still send requests for a claim."""
 
     def __init__(
         self,
         stations: Mapping[str, Station],
         breakers: Breakers,
         open_call: Group[NewCall, None],
-        may_call: Callable[[], bool],
+        may_call: Callable[[Claim], bool],
         *,
         rng: Callable[[], float] = random.random,
     ) -> None:
@@ -91,7 +91,7 @@ class Chain:
         for position, station in enumerate(stations):
             if walk.remaining_s() <= LEAST_CALL_S:
                 return OutOfTime()
-            if not self._may_call():
+            if not self._may_call(walk.claim):
                 return Parked(0)
             if not _window_fits(walk, station, self._stations):
                 continue
@@ -159,7 +159,7 @@ class Chain:
         """One request and its reply, booked; None when it may not be sent any more once it stands on the books."""
         provider = station.provider
         call_id = await self._opened(walk, station)
-        if walk.remaining_s() <= LEAST_CALL_S or not self._may_call():
+        if walk.remaining_s() <= LEAST_CALL_S or not self._may_call(walk.claim):
             return None
         timeout_s = _timeout_s(walk, station, untried)
         walk.unsent.remove(call_id)

@@ -64,7 +64,7 @@ WITH target AS (
     ORDER BY id LIMIT :most FOR NO KEY UPDATE
 ), moved AS (
     UPDATE jobs j SET state = 'queued', finished_at = NULL, error = NULL, attempts = 0, walk_fence = j.fence + 1,
-        cancel_requested = false, dispatched_at = NULL, run_at = now(), deadline_at = now() + (j.deadline_at - j.created_at)
+        cancel_requested = false, dispatched_at = NULL, run_at = now(), deadline_at = now() + make_interval(secs => j.deadline_s)
     FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, t.was
 ), uncounted AS (
     UPDATE batches b SET failed = b.failed - n.failed, cancelled = b.cancelled - n.cancelled, expired = b.expired - n.expired,

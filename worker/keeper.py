@@ -18,7 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.attempt import Attempts
 from worker.dispatch import Dispatcher, Publish
+from worker.events import origin
 from worker.job import Lane, new_id
+from worker.ledger import Claim
 from worker.rescue import expire, release, rescue
 from worker.settings import Settings
 from worker.settlement import Cancelled
@@ -47,10 +49,10 @@ class Keeper:
         self._strays: Mapping[UUID, int] = {}
         self.worker_id = new_id()
 
-    def may_call(self) -> bool:
-        """False when others may soon hold this worker dead: then no new request is sent."""
+    def may_call(self, claim: Claim) -> bool:
+        """False when others may soon hold this worker dead, or did since it claimed the job: then no new request is sent."""
         fresh_s = max(self._settings.heartbeat_ttl_s - FENCE_MARGIN_S, self._settings.heartbeat_ttl_s / 2)
-        return time.monotonic() - self._seen_s < fresh_s
+        return claim.worker_id == self.worker_id and time.monotonic() - self._seen_s < fresh_s
 
     async def register(self) -> None:
         """This process stands in `workers` under a fresh id. Raises DBAPIError."""
@@ -86,6 +88,8 @@ class Keeper:
                         await asyncio.sleep(self._settings.heartbeat_s)
             except DBAPIError as error:
                 log.warning("heartbeat_failed", error=type(error.orig).__name__)
+            except Exception as error:  # a fault of ours must not stop the heart for good
+                log.error("heartbeat_failed", error=type(error).__name__, origin=origin(error))
             await asyncio.sleep(self._settings.heartbeat_s)
 
     async def _beat_once(self, connection: AsyncConnection, attempts: Attempts) -> None:
@@ -121,6 +125,8 @@ class Keeper:
                     await self._reign(connection)
             except DBAPIError as error:
                 log.warning("leadership_lost", error=type(error.orig).__name__)
+            except Exception as error:  # nor leave the fleet without a leader
+                log.error("leadership_lost", error=type(error).__name__, origin=origin(error))
             await asyncio.sleep(1)
 
     async def _reign(self, connection: AsyncConnection) -> None:

@@ -37,6 +37,7 @@ class Claim:
     """A job in the hands of this worker, until the fence is raised again. `opened`: the first provider's call row."""
 
     job_id: UUID
+    worker_id: UUID
     fence: int
     attempts: int
     chain: str
@@ -149,6 +150,7 @@ async def claim(db: AsyncEngine, job_ids: Sequence[UUID], worker_id: UUID, first
     return [
         Claim(
             job_id=row.id,
+            worker_id=worker_id,
             fence=row.fence,
             attempts=row.attempts,
             chain=row.chain,

@@ -53,8 +53,9 @@ class KeyReused(BackstopError):
 
 _INSERT = text("""
 WITH job AS (
-    INSERT INTO jobs (id, tenant, idempotency_key, fingerprint, chain, lane, state, deadline_at, metadata, delivery_id, dispatched_at)
-    VALUES (:id, :tenant, :key, :fingerprint, :chain, :lane, 'queued', now() + make_interval(secs => :deadline_s),
+    INSERT INTO jobs (id, tenant, idempotency_key, fingerprint, chain, lane, state, deadline_at, deadline_s, metadata, delivery_id,
+        dispatched_at)
+    VALUES (:id, :tenant, :key, :fingerprint, :chain, :lane, 'queued', now() + make_interval(secs => :deadline_s), :deadline_s,
         CAST(:metadata AS jsonb), :delivery, CASE WHEN CAST(:delivery AS uuid) IS NOT NULL THEN now() END)
     ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
     RETURNING id
@@ -165,9 +166,9 @@ WITH row AS (
         CAST(:requests AS jsonb[]), CAST(:sources AS jsonb[]), CAST(:errors AS jsonb[]))
         AS t(id, ordinal, custom_id, chain, request, source, error)
 ), job AS (
-    INSERT INTO jobs (id, tenant, batch_id, ordinal, custom_id, chain, lane, state, deadline_at, error, finished_at)
+    INSERT INTO jobs (id, tenant, batch_id, ordinal, custom_id, chain, lane, state, deadline_at, deadline_s, error, finished_at)
     SELECT id, :tenant, :batch, ordinal, custom_id, chain, 'bulk', CASE WHEN error IS NULL THEN 'queued' ELSE 'failed' END,
-        now() + make_interval(secs => :deadline_s), error, CASE WHEN error IS NOT NULL THEN now() END
+        now() + make_interval(secs => :deadline_s), :deadline_s, error, CASE WHEN error IS NOT NULL THEN now() END
     FROM row
     ON CONFLICT (batch_id, ordinal) WHERE batch_id IS NOT NULL DO NOTHING
     RETURNING id, state

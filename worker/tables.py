@@ -12,6 +12,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -83,6 +84,7 @@ jobs = Table(
     Column("state", Text, CheckConstraint(f"state IN ({_STATES})", name="state"), nullable=False),
     Column("run_at", _Time, nullable=False, server_default=func.now()),  # queued: not before
     Column("deadline_at", _Time, nullable=False),
+    Column("deadline_s", Float, nullable=False, server_default="86400"),  # its full time, which a requeue gives anew
     Column("fence", BigInteger, nullable=False, server_default="0"),  # raised by each claim; guards every write
     Column("walk_fence", BigInteger, nullable=False, server_default="1"),  # calls from it on belong to the present walk of the chain
     Column("attempts", SmallInteger, nullable=False, server_default="0"),  # ended without an answer although a provider could be asked

@@ -38,7 +38,7 @@ async def announce(redis: Redis, job_ids: Iterable[UUID]) -> None:
     """
     payload = " ".join(job_id.hex for job_id in job_ids)
     if payload:
-        with suppress(RedisError, OSError):
+        with suppress(RedisError, OSError, RuntimeError):  # the last is uvloop's, of a transport that is closing
             await redis.publish(CHANNEL, payload)
 
 

@@ -100,6 +100,7 @@ CREATE TABLE jobs (
     state TEXT NOT NULL CONSTRAINT ck_jobs_state CHECK (state IN ('queued','running','succeeded','failed','cancelled','expired')),
     run_at TIMESTAMP WITH TIME ZONE DEFAULT now() NOT NULL,
     deadline_at TIMESTAMP WITH TIME ZONE NOT NULL,
+    deadline_s FLOAT DEFAULT '86400' NOT NULL,
     fence BIGINT DEFAULT '0' NOT NULL,
     walk_fence BIGINT DEFAULT '1' NOT NULL,
     attempts SMALLINT DEFAULT '0' NOT NULL,

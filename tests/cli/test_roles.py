@@ -20,7 +20,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import cli
 from worker.cli.children import Children
+from worker.cli.fleet import somebody_works
 from worker.errors import BackstopError
+from worker.job import new_id
+from worker.settings import Settings
+from worker.wiring import connections
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 
@@ -225,6 +229,7 @@ STARTER = """
 import sys, time
 from pathlib import Path
 from worker.cli.children import Children
+from worker.cli.fleet import somebody_works
 with Children(Path("logs")) as children:
     children.start("vendor", ["simulate", "--port", sys.argv[1]])
     print(children.pids()["vendor"], file=sys.stderr, flush=True)
@@ -256,3 +261,23 @@ def test_beat_and_flower_refuse_to_run_without_a_broker(place, capsys):
         cli.main(["flower", "--port", str(unused_port())])
     assert ended.value.code == 69
     assert "DATABASE_URL is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("silent_s", "lives"), [(0, True), (60, False)])
+def test_a_worker_that_was_killed_is_not_taken_for_one_that_works(silent_s, lives, place, database_url, redis_url):
+    (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=1))
+    settings = Settings(database_url=database_url, redis_url=redis_url)
+
+    async def asked() -> list[str]:
+        async with connections(settings) as open_:
+            await stage.rows(
+                open_.db,
+                "INSERT INTO workers (id, host, pid, lanes, slots, state, seen_at)"
+                " VALUES (:id, 'h', 1, 'bulk', 1, 'live', now() - make_interval(secs => :silent_s))",
+                id=new_id(),
+                silent_s=silent_s,
+            )
+            async with somebody_works(open_, settings) as children:
+                return list(children.pids())
+
+    assert asyncio.run(asked()) == ([] if lives else ["worker"])

@@ -230,9 +230,7 @@ def test_what_one_worker_learnt_of_a_provider_the_other_obeys(fleet):
     async def main() -> None:
         async with fleet.connected() as opened:
             (job_id,) = await ended(fleet, opened, "locked")
-            (told,) = await select(
-                opened, "SELECT outcome FROM provider_calls WHERE job_id = :id AND provider = 'locked'", id=job_id
-            )
+            (told,) = await select(opened, "SELECT outcome FROM provider_calls WHERE job_id = :id AND provider = 'locked'", id=job_id)
             assert told.outcome == "unauthorized"
             made = await batch(opened, "obeys", "locked", 30)
             (row,) = await select(opened, "SELECT succeeded FROM batches WHERE id = :id", id=made)
