@@ -45,7 +45,7 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Enqueueing the tickets. `producer_mb`: after the first tenth of the rows, and at most. `redis_mb`: at most."""
+    """Enqueueing the tickets. `producer_mb`: in the first fifth of the time, and at most. `redis_mb`: at most."""
 
     tickets: int
     rows_per_s: float
