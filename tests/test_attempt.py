@@ -126,7 +126,7 @@ async def bench(
     attempts = Attempts(
         db,
         CONFIG,
-        Chain(stations, Breakers(None), Group(partial(open_calls, db)), lambda: True),
+        Chain(stations, Breakers(None), Group(partial(open_calls, db)), lambda _: True),
         worker_id=partial(UUID, int=7),
         seems_closed=lambda provider: True,
         announce=announce,
