@@ -63,14 +63,19 @@ async def submit_job(
     wait_s = preferred_s if preferred_s is not None else wait
     job = await _awaited(parts, submitted.job_id, caller.tenant, wait_s)
     response.status_code = 200 if wait_s and job.ended else 202
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    if response.status_code == 202:
-        response.headers["Retry-After"] = "1"
-    if preferred_s is not None:
-        response.headers["Preference-Applied"] = f"wait={preferred_s:g}"
-    if submitted.replayed:
-        response.headers["Idempotent-Replayed"] = "true"
+    response.headers.update(_submitted_headers(job, preferred_s, submitted.replayed, again=response.status_code == 202))
     return JobOut.of(job)
+
+
+def _submitted_headers(job: JobView, preferred_s: float | None, replayed: bool, *, again: bool) -> dict[str, str]:
+    headers = {"Location": f"/v1/jobs/{job.id}"}
+    if again:
+        headers["Retry-After"] = "1"
+    if preferred_s is not None:
+        headers["Preference-Applied"] = f"wait={preferred_s:g}"
+    if replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return headers
 
 
 @router.get("/jobs", tags=["jobs"], responses=documented(404))

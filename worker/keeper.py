@@ -119,10 +119,10 @@ class Keeper:
         while True:
             try:
                 async with self._db.connect() as connection:
-                    while not (await connection.execute(_LEAD, {"lock": LEADER_LOCK})).scalar_one():
+                    while True:
+                        if (await connection.execute(_LEAD, {"lock": LEADER_LOCK})).scalar_one():
+                            await self._reign(connection)
                         await asyncio.sleep(1)
-                    log.info("leading", worker_id=str(self.worker_id))
-                    await self._reign(connection)
             except DBAPIError as error:
                 log.warning("leadership_lost", error=type(error.orig).__name__)
             except Exception as error:  # nor leave the fleet without a leader
@@ -130,6 +130,8 @@ class Keeper:
             await asyncio.sleep(1)
 
     async def _reign(self, connection: AsyncConnection) -> None:
+        """For as long as the connection lives, and the lock with it."""
+        log.info("leading", worker_id=str(self.worker_id))
         settings = self._settings
         dispatcher = Dispatcher(
             connection,

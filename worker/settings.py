@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from worker.errors import UsageError
 
 _SECRETS = Path("/run/secrets")
 
@@ -49,3 +51,13 @@ class Settings(BaseSettings):
         if value < 3 * others.data.get("heartbeat_s", 0):
             raise ValueError("must be at least three times BACKSTOP_HEARTBEAT_S")
         return value
+
+
+def read_settings() -> Settings:
+    """The environment's settings. Raises UsageError naming the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0]).upper()
+        raise UsageError(f"environment variable BACKSTOP_{name.removeprefix('BACKSTOP_')}: {fault['msg']}") from None

@@ -18,17 +18,17 @@ import click
 import httpx
 
 from worker import reads, template, tickets
-from worker.job import ChatRequest
 from worker.cli.books import Books, compare
 from worker.cli.children import Children
 from worker.cli.look import batch_now, export
 from worker.cli.produce import load_batch, rows_of
 from worker.cli.roles import first_key
 from worker.cli.screen import json_option, money, progress, say, show_json, show_table
-from worker.cli.session import read_settings, servers, with_ledger
+from worker.cli.session import servers, with_ledger
 from worker.config import load
 from worker.errors import BackstopError
-from worker.settings import Settings
+from worker.job import ChatRequest
+from worker.settings import Settings, read_settings
 from worker.submit import open_batch
 from worker.views import BatchView, Failover
 from worker.wiring import Connections

@@ -11,12 +11,13 @@ from worker import keys as api_keys
 from worker import reads
 from worker.cli.look import target
 from worker.cli.screen import json_option, money, say, show_json, show_table
-from worker.cli.session import read_settings, with_ledger
+from worker.cli.session import with_ledger
 from worker.config import load
 from worker.errors import NotFound
 from worker.intervene import cancel as cancel_jobs
 from worker.intervene import requeue
 from worker.job import Lane
+from worker.settings import read_settings
 from worker.views import BatchView
 from worker.wiring import Connections
 

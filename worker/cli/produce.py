@@ -15,10 +15,11 @@ from worker.batchlines import parse
 from worker.cli.fleet import somebody_works
 from worker.cli.look import batch_now, export, follow, say_batch
 from worker.cli.screen import json_option, money, plain, progress, say, show_json
-from worker.cli.session import read_settings, with_ledger
+from worker.cli.session import with_ledger
 from worker.config import Config, load
 from worker.errors import BackstopError, PartlyFailed, UsageError, WaitTimedOut
 from worker.job import ChatRequest
+from worker.settings import read_settings
 from worker.submit import Batch, NewJob, Row, add_rows, close_batch, open_batch, submit
 from worker.template import Template
 from worker.tickets import Source, Ticket

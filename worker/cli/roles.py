@@ -18,13 +18,13 @@ import uvicorn
 from worker import keys, reads
 from worker.cli.children import Children
 from worker.cli.screen import say
-from worker.cli.session import read_settings, servers, with_ledger
+from worker.cli.session import servers, with_ledger
 from worker.config import load
 from worker.embedded.attach import attached
 from worker.errors import UsageError
 from worker.events import configure
 from worker.job import Lane
-from worker.settings import Settings
+from worker.settings import Settings, read_settings
 from worker.wiring import Connections
 
 HOST = "127.0.0.1"

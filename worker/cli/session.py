@@ -8,27 +8,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from pydantic import ValidationError
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
 from worker import database, events
 from worker.embedded.servers import provided
-from worker.errors import Unreachable, UsageError
-from worker.settings import Settings
+from worker.errors import Unreachable
+from worker.settings import Settings, read_settings
 from worker.wiring import Connections, connections
 
 Value = TypeVar("Value")
-
-
-def read_settings() -> Settings:
-    """The environment's settings. Raises UsageError naming the variable."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = str(fault["loc"][0]).upper()
-        raise UsageError(f"environment variable BACKSTOP_{name.removeprefix('BACKSTOP_')}: {fault['msg']}") from None
 
 
 @contextmanager
