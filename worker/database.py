@@ -11,7 +11,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool, create_engine, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from worker.errors import Unreachable, UsageError
@@ -95,4 +95,6 @@ def _alembic(url: str) -> Config:
 def unreachable(error: DBAPIError) -> Unreachable:
     """The driver's complaint as one line, without the statement and its values."""
     reason = str(error.orig).strip().splitlines()[0] if error.orig else type(error).__name__
+    if not isinstance(error, OperationalError | InterfaceError):
+        return Unreachable(f"Postgres refused a statement: {reason}. Run `backstop db check`, then `backstop doctor`")
     return Unreachable(f"Postgres does not answer: {reason}. Check DATABASE_URL, or run `backstop doctor`")

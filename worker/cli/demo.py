@@ -97,7 +97,7 @@ async def _play(open_: Connections, settings: Settings, stage: Stage, check: Cal
     failover = await reads.failover(open_.db, view.id)
     return {
         "batch": view,
-        "results": results,
+        "results": os.path.relpath(results),
         "fallbacks": await _fallbacks(open_, view),
         "failover": failover,
         "interactive_ms": rest_ms,
@@ -126,7 +126,7 @@ async def _answers(http: httpx.AsyncClient, url: str) -> bool:
 
 async def _enqueue(open_: Connections, settings: Settings) -> BatchView:
     asking = template.load(TEMPLATE)
-    with tickets.open_tickets(str(TICKETS)) as source:
+    with tickets.open_tickets(os.path.relpath(TICKETS)) as source:
         rows = rows_of(source, asking, load(settings.config), "default", "id")
         name = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         batch = await open_batch(open_.db, name, fingerprint=[name], columns=source.columns, fields=asking.fields)

@@ -208,6 +208,7 @@ async def load_batch(open_: Connections, batch: Batch, rows: Iterator[Row], sour
             async for new in add_rows(open_.db, batch, rows):
                 added += new
                 bar.update(task, completed=added)
+            bar.update(task, total=added)
     except BaseException:
         again = f"{added} rows were submitted before this; run it again with --batch {batch.name} to go on"
         say(again if added or batch.resumed else "nothing was submitted")
