@@ -34,7 +34,7 @@ from worker.views import BatchView, Failover
 from worker.wiring import Connections
 
 ROOT = Path(__file__).parents[2]
-TICKETS = ROOT / "examples" / "tickets.csv"
+TICKETS = os.path.relpath(ROOT / "examples" / "tickets.csv")
 TEMPLATE = ROOT / "examples" / "triage.toml"
 CONFIG = ROOT / "backstop.toml"
 IN_FLIGHT = 8
@@ -97,7 +97,7 @@ async def _play(open_: Connections, settings: Settings, stage: Stage, check: Cal
     failover = await reads.failover(open_.db, view.id)
     return {
         "batch": view,
-        "results": os.path.relpath(results),
+        "results": results,
         "fallbacks": await _fallbacks(open_, view),
         "failover": failover,
         "interactive_ms": rest_ms,
@@ -126,7 +126,7 @@ async def _answers(http: httpx.AsyncClient, url: str) -> bool:
 
 async def _enqueue(open_: Connections, settings: Settings) -> BatchView:
     asking = template.load(TEMPLATE)
-    with tickets.open_tickets(os.path.relpath(TICKETS)) as source:
+    with tickets.open_tickets(TICKETS) as source:
         rows = rows_of(source, asking, load(settings.config), "default", "id")
         name = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
         batch = await open_batch(open_.db, name, fingerprint=[name], columns=source.columns, fields=asking.fields)
@@ -208,7 +208,7 @@ def _tell(report: dict[str, Any]) -> None:
         "failover": f"{failover.switches} times to the next provider, median {failover.p50_ms:.0f} ms, worst {failover.max_ms:.0f} ms",
         "a person's job": f"answered over REST in {report['interactive_ms']:.0f} ms beside the tickets, provider's time included",
         "time": f"{report['seconds']} s, start and stop of all servers included",
-        "results": report["results"],
+        "results": os.path.relpath(report["results"]),
         "next": "`backstop simulate` in one terminal, `backstop up` in another, then in a third:",
         "": "backstop enqueue examples/tickets.csv --prompt examples/triage.toml --wait --out out.csv",
     }.items():
