@@ -13,8 +13,8 @@ from uuid import uuid4
 from sqlalchemy import text
 
 from bench import processes
+from worker.database import run
 from worker.job import ChatRequest, Lane
-from worker.ledger import run
 from worker.settings import Settings
 from worker.submit import Row, add_rows, close_batch, open_batch
 from worker.wiring import connections

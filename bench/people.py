@@ -20,9 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from bench import processes
 from bench.contestants import PROMPT, worker
 from worker import keys
+from worker.database import run
 from worker.intervene import cancel
 from worker.job import Lane
-from worker.ledger import run
 from worker.settings import Settings
 from worker.wiring import Connections, connections
 

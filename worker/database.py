@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, NullPool, create_engine, make_url
+from psycopg.errors import DeadlockDetected
+from sqlalchemy import Connection, NullPool, TextClause, create_engine, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -47,6 +51,30 @@ def engine(url: str, *, pooled: bool = True) -> AsyncEngine:
         connect_args={"connect_timeout": 5, "application_name": "backstop"},
         **pool,
     )
+
+
+async def run(db: AsyncEngine, statement: TextClause, *, tries: int = 3, **values: Any) -> list[Any]:
+    """All rows of the statement, which Postgres has committed. Undone to end a deadlock, it is tried again. Raises DBAPIError."""
+    try:
+        async with db.connect() as connection:
+            result = await connection.execute(statement, values)
+            return list(result) if result.returns_rows else []
+    except OperationalError as error:
+        if tries == 1 or not isinstance(error.orig, DeadlockDetected):
+            raise
+    return await run(db, statement, tries=tries - 1, **values)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+
+
+def jsonb(value: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str | None:
+    """JSON that Postgres can store: NUL and lone surrogates, which it cannot, become U+FFFD."""
+    if value is None:
+        return None
+    encoded = _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
+    return _NUL.sub(r"\1\\ufffd", encoded) if "\\u0000" in encoded else encoded
 
 
 async def upgrade(url: str) -> None:

@@ -9,7 +9,8 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.ledger import COUNTED, run
+from worker.database import run
+from worker.ledger import COUNTED
 
 _CANCEL = text(f"""
 WITH target AS (

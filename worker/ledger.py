@@ -9,17 +9,16 @@ theirs; whatever may as well come back later skips what is locked.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import TextClause, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.calls import Call
+from worker.database import jsonb, run
 from worker.job import Answer, ChatRequest, JobState, Lane, new_id
 
 
@@ -277,21 +276,3 @@ def _booking(s: Settlement, call: Call) -> dict[str, Any]:
     settled = call.answer is s.answer
     own = {"job_id": str(s.job_id), "fence": s.fence, "settled": settled}
     return {**call.to_json(), **own, "answer": call.answer.to_json() if call.answer and not settled else None}
-
-
-async def run(db: AsyncEngine, statement: TextClause, **values: Any) -> list[Any]:
-    async with db.connect() as connection:
-        result = await connection.execute(statement, values)
-        return list(result) if result.returns_rows else []
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
-
-
-def jsonb(value: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str | None:
-    """JSON that Postgres can store: NUL and lone surrogates, which it cannot, become U+FFFD."""
-    if value is None:
-        return None
-    encoded = _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
-    return _NUL.sub(r"\1\\ufffd", encoded) if "\\u0000" in encoded else encoded

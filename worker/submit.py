@@ -15,10 +15,10 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker.database import jsonb, run
 from worker.dispatch import Publish, withdraw
 from worker.errors import BackstopError, UsageError
 from worker.job import ChatRequest, Lane, new_id
-from worker.ledger import jsonb, run
 
 log = structlog.get_logger(__name__)
 
@@ -152,7 +152,7 @@ async def open_batch(
 ) -> Batch:
     """The batch of that name, new or resumed. Raises UsageError when the name belongs to another file, template or chain."""
     print_ = _fingerprint(fingerprint)
-    as_json = {"columns": json.dumps(columns), "fields": json.dumps(list(fields))}
+    as_json: dict[str, Any] = {"columns": json.dumps(columns), "fields": json.dumps(list(fields))}
     await run(db, _OPEN_BATCH, id=new_id(), tenant=tenant, name=name, fingerprint=print_, **as_json)
     (row,) = await run(db, _BATCH, tenant=tenant, name=name)
     if row.fingerprint != print_:
