@@ -118,6 +118,12 @@ async def bench(
         name: Station(provider=providers[name], config=config, pricing=Pricing.of(config)) for name, config in CONFIG.providers.items()
     }
     announced: list[UUID] = []
+    worker_id = new_id()
+    registering = engine(database_url)
+    async with registering.connect() as connection:
+        sql = "INSERT INTO workers (id, host, pid, lanes, slots, state) VALUES (:id, 'here', 1, 'bulk', :slots, 'live')"
+        await connection.execute(text(sql), {"id": worker_id, "slots": slots})
+    await registering.dispose()
 
     async def announce(ids: Any) -> None:
         announced.extend(ids)
@@ -127,7 +133,7 @@ async def bench(
         db,
         CONFIG,
         Chain(stations, Breakers(None), Group(partial(open_calls, db)), lambda _: True),
-        worker_id=partial(UUID, int=7),
+        worker_id=lambda: worker_id,
         seems_closed=lambda provider: True,
         announce=announce,
         slots=dict.fromkeys(Lane, shared),

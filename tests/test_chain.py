@@ -22,6 +22,7 @@ from worker import walk as walk_module
 from worker.chain import (
     FAILOVER_S,
     LEAST_CALL_S,
+    PARKED_S,
     RETRY_CAP_S,
     Chain,
     Station,
@@ -378,16 +379,35 @@ def test_a_retry_waits_as_long_as_the_provider_asked():
 def test_a_wait_too_long_for_a_slot_is_left_to_the_breaker():
     stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=RETRY_CAP_S + 1), answered()]})
     outcome, _, took_s = virtually(stage, remaining_s=86_400)
-    assert outcome == Exhausted()
+    assert outcome == Parked(RETRY_CAP_S + 1, new_walk=True)
     assert took_s == 0
 
 
 def test_no_retry_that_would_begin_past_the_deadline():
     stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=4), answered()]})
     outcome, walk, took_s = virtually(stage, remaining_s=4 + LEAST_CALL_S / 2)
-    assert outcome == Exhausted()
+    assert outcome == Parked(4, new_walk=True)
     assert len(walk.calls) == 1
     assert took_s == 0
+
+
+def test_providers_without_room_park_the_job_until_the_first_of_them_has_some():
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=30)], "b": [failed(Signal.SLOW_DOWN, retry_after_s=20)]})
+    assert walked(stage)[0] == Parked(20, new_walk=True)
+
+
+def test_one_that_failed_among_those_without_room_costs_an_attempt():
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=30)], "b": [failed(Signal.OVERLOADED)]})
+    assert walked(stage)[0] == Exhausted()
+
+
+def test_a_retry_that_hangs_gives_way_to_the_next_provider_in_time():
+    stage = Stage({"a": [failed(), lasting(60, answered())], "b": [answered()]})
+    outcome, walk, took_s = virtually(stage)
+    assert isinstance(outcome, Answered)
+    assert took_s == pytest.approx(FAILOVER_S)
+    assert [call.signal for call in walk.calls] == [FAILED, Signal.OUT_OF_TIME, Signal.ANSWERED]
+    assert stage.told("a") == [Verdict.FAILURE]
 
 
 def test_a_worker_that_lost_its_heartbeat_while_waiting_does_not_retry():
@@ -402,7 +422,7 @@ def test_a_worker_that_lost_its_heartbeat_while_waiting_does_not_retry():
 
 def test_a_worker_without_a_heartbeat_asks_nobody():
     stage = Stage({"a": [answered()]}, may_call=lambda _: False)
-    assert walked(stage)[0] == Parked(0)
+    assert walked(stage)[0] == Parked(PARKED_S)
     assert stage.diary == []
 
 
@@ -742,7 +762,8 @@ def check_ending(stage: Stage, walk: Walk, outcome: Outcome, script: list[Part])
             assert POLICIES[signal].next is not Next.ONWARD
         case Exhausted() | Parked():
             assert set(why) == {f"p{i}" for i in range(len(script))}
-            assert isinstance(outcome, Parked) == (not walk.calls)  # X14
+            full = {call.signal for call in walk.calls} <= {Signal.RATE_LIMITED, Signal.SLOW_DOWN}
+            assert isinstance(outcome, Parked) == full  # X14
         case OutOfTime():
             assert walk.remaining_s() <= LEAST_CALL_S or asked == [] or walk.calls[-1].signal is Signal.OUT_OF_TIME
     ready = [p for p in script if not p.denied]

@@ -11,6 +11,14 @@ from worker.settlement import MAX_ATTEMPTS
 from worker.signals import Signal
 
 
+async def lost(db, job_ids, state):
+    """The claims of a worker that is in this state by now."""
+    worker = await a_worker(db)
+    claims = await take(db, job_ids, worker)
+    await rows(db, "UPDATE workers SET state = :state WHERE id = :id", state=state, id=worker)
+    return claims
+
+
 async def by_the_leader(db, mend, *arguments, **options):
     async with db.connect() as connection:
         return await mend(connection, *arguments, **options)
@@ -20,7 +28,7 @@ async def by_the_leader(db, mend, *arguments, **options):
 def test_only_jobs_of_workers_that_ended_are_rescued(database_url, state, rescued):
     async def story(db):
         job_id = await a_job(db)
-        (claimed,) = await take(db, [job_id], await a_worker(db, state=state))
+        (claimed,) = await lost(db, [job_id], state)
         assert await by_the_leader(db, rescue) == ([job_id] if rescued else [])
         stored, (call,) = await job(db, job_id), await calls(db, job_id)
         assert (stored.state, stored.fence) == ("queued" if rescued else "running", claimed.fence)
@@ -34,7 +42,7 @@ def test_a_closed_call_of_a_dead_worker_stays_as_it_was_booked(database_url):
         job_id = await a_job(db)
         (first,) = await take(db, [job_id])
         await settle(db, [ending(first, JobState.QUEUED, calls=(a_call(first.opened_id, Signal.SERVER_ERROR),))])
-        await take(db, [job_id], await a_worker(db, state="dead"))
+        await lost(db, [job_id], "dead")
         assert await by_the_leader(db, rescue) == [job_id]
         assert [call.outcome for call in await calls(db, job_id)] == ["server_error"]
 
@@ -46,7 +54,7 @@ def test_a_job_that_kills_its_workers_is_given_up(database_url):
         opened, (job_id,) = await a_batch(db, 1)
         deaths = 0
         while (await job(db, job_id)).state == "queued":
-            await take(db, [job_id], await a_worker(db, state="dead"))
+            await lost(db, [job_id], "dead")
             assert await by_the_leader(db, rescue) == [job_id]
             deaths += 1
         stored = await job(db, job_id)
@@ -60,7 +68,7 @@ def test_a_job_that_kills_its_workers_is_given_up(database_url):
 def test_a_job_that_was_to_be_cancelled_when_its_worker_died_is_cancelled(database_url):
     async def story(db):
         _, ids = await a_batch(db, 1)
-        await take(db, ids, await a_worker(db, state="dead"))
+        await lost(db, ids, "dead")
         await cancel(db, job_ids=ids)
         assert await by_the_leader(db, rescue) == ids
         assert (await job(db, ids[0])).state == "cancelled"
@@ -72,7 +80,7 @@ def test_a_job_that_was_to_be_cancelled_when_its_worker_died_is_cancelled(databa
 def test_no_more_is_rescued_at_once_than_asked_for(database_url):
     async def story(db):
         _, ids = await a_batch(db, 5)
-        await take(db, ids, await a_worker(db, state="dead"))
+        await lost(db, ids, "dead")
         assert [len(await by_the_leader(db, rescue, most=2)) for _ in range(4)] == [2, 2, 1, 0]
 
     play(database_url, story)

@@ -54,6 +54,7 @@ def walk(attempts: int = 0) -> Walk:
         (Refused(Signal.UNFIT), "failed", "unfit", False, False),
         (Exhausted(), "queued", "all_providers_failed", True, True),
         (Parked(3), "queued", "parked", False, False),
+        (Parked(3, new_walk=True), "queued", "parked", False, True),
         (OutOfTime(), "expired", "deadline", False, False),
         (Cancelled(), "cancelled", None, False, False),
         (Released(), "queued", None, False, False),

@@ -49,8 +49,7 @@ def test_faults_of_configuration_isolate_without_counting_against_health(signal)
 
 def test_only_what_no_other_provider_may_mend_stops_a_job():
     stopping = {signal for signal in Signal if POLICIES[signal].next is Next.STOP}
-    ours = {Signal.OUT_OF_TIME, Signal.CANCELLED}
-    assert stopping == ours | {Signal.ANSWERED, Signal.CONTENT_POLICY, Signal.INVALID_REQUEST}
+    assert stopping == {Signal.ANSWERED, Signal.CONTENT_POLICY, Signal.INVALID_REQUEST}
 
 
 def test_a_call_that_was_cut_off_is_never_booked_as_free():

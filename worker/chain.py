@@ -10,6 +10,7 @@ then answered counts as a success. Inside it stands the only retry loop of the s
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from worker.job import new_id
 from worker.ledger import Claim, NewCall
 from worker.providers.provider import Provider, Reply
 from worker.resilience.backoff import delay_s
-from worker.resilience.breaker import Admission, Breakers
+from worker.resilience.breaker import Admission, Breakers, BreakerState
 from worker.signals import POLICIES, Next, Signal, Verdict
 from worker.validation import fits, usable
 from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Reason, Refused, Walk
@@ -39,11 +40,19 @@ RESERVE_S = 2.0  # kept for each provider that has not been asked yet
 RETRY_BASE_S = 0.1
 RETRY_CAP_S = 8.0  # a longer wait is the breaker's business: it would hold a slot
 LEAST_CALL_S = 0.05  # with less time left no request is sent
+PARKED_S = 1.0  # when nobody says how long to wait
 
 # Outcomes of an interrupted attempt that say nothing about the provider: it may be asked again.
 _INTERRUPTED = frozenset({Signal.ORPHANED, Signal.CANCELLED, Signal.OUT_OF_TIME})
 # Outcomes that end the job, whoever else might be asked.
-_FINAL = frozenset(s for s, policy in POLICIES.items() if policy.next is Next.STOP) - _INTERRUPTED - {Signal.ANSWERED}
+_FINAL = frozenset(signal for signal, policy in POLICIES.items() if policy.next is Next.STOP) - {Signal.ANSWERED}
+_TOO_LONG = frozenset(signal for signal, policy in POLICIES.items() if policy.next is Next.LARGER)
+# Asked again as they are, the same providers would say the same.
+_HOPELESS = _TOO_LONG | {Signal.UNFIT, "window_too_small"}
+# The provider is well and has no room: such a walk costs no attempt.
+_FULL = frozenset({Signal.RATE_LIMITED, Signal.SLOW_DOWN})
+# Its breaker let nobody ask it.
+_SKIPPED = frozenset(state.value for state in BreakerState)
 
 Value = TypeVar("Value")
 log = structlog.get_logger(__name__)
@@ -92,13 +101,13 @@ class Chain:
             if walk.remaining_s() <= LEAST_CALL_S:
                 return OutOfTime()
             if not self._may_call(walk.claim):
-                return Parked(0)
+                return Parked(PARKED_S)
             if not _window_fits(walk, station, self._stations):
                 continue
             try:
                 reply = await self._step(walk, station, untried=len(stations) - position - 1)
             except SQLAlchemyError:
-                return Parked(1)  # a call that cannot be put on the books is not made
+                return Parked(PARKED_S)  # a call that cannot be put on the books is not made
             if reply is None:
                 continue
             if reply.signal is Signal.ANSWERED and reply.answer is not None:
@@ -146,22 +155,22 @@ class Chain:
             wait_s = max(delay_s(retry, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng), reply.retry_after_s or 0)
             if untried and took_s + wait_s + took_s / retry > FAILOVER_S:
                 break  # the next provider is nearer than this one's recovery
-            if wait_s > min(RETRY_CAP_S, walk.remaining_s() - LEAST_CALL_S):
+            if wait_s > min(RETRY_CAP_S, walk.remaining_s() - LEAST_CALL_S) or not self._breakers.seems_closed(station.provider.name):
                 break
             await asyncio.sleep(wait_s)
-            again = await self._call(walk, station, untried)
-            if again is None:
-                break
+            again = await self._call(walk, station, untried, most_s=FAILOVER_S - took_s - wait_s if untried else math.inf)
+            if again is None or again.signal is Signal.OUT_OF_TIME:
+                break  # what the first call said of the provider stands
             reply = again
         return reply
 
-    async def _call(self, walk: Walk, station: Station, untried: int) -> Reply | None:
+    async def _call(self, walk: Walk, station: Station, untried: int, *, most_s: float = math.inf) -> Reply | None:
         """One request and its reply, booked; None when it may not be sent any more once it stands on the books."""
         provider = station.provider
         call_id = await self._opened(walk, station)
         if walk.remaining_s() <= LEAST_CALL_S or not self._may_call(walk.claim):
             return None
-        timeout_s = _timeout_s(walk, station, untried)
+        timeout_s = min(_timeout_s(walk, station, untried), most_s)
         walk.unsent.remove(call_id)
         watch = Stopwatch(call_id, provider.name, provider.model)
         try:
@@ -224,7 +233,7 @@ def _window_fits(walk: Walk, station: Station, stations: Mapping[str, Station]) 
     too_small = [
         stations[reason.provider].config.context_tokens
         for reason in walk.reasons
-        if reason.reason == Signal.CONTEXT_TOO_LONG and reason.provider in stations
+        if reason.reason in _TOO_LONG and reason.provider in stations
     ]
     if not too_small:
         return True
@@ -235,17 +244,14 @@ def _window_fits(walk: Walk, station: Station, stations: Mapping[str, Station]) 
     return fits_here
 
 
-_HOPELESS = frozenset({Signal.CONTEXT_TOO_LONG.value, Signal.UNFIT.value, "window_too_small"})
-
-
 def _unanswered(walk: Walk) -> Outcome:
     asked = walk.calls or any(asked.outcome not in _INTERRUPTED for asked in walk.claim.asked)
-    if not asked:
+    full = [reason for reason in walk.reasons if reason.reason in _FULL]
+    if not asked or (full and all(reason.reason in _FULL | _SKIPPED for reason in walk.reasons)):
         waits = [reason.retry_after_s for reason in walk.reasons if reason.retry_after_s is not None]
-        return Parked(min(waits, default=1))
+        return Parked(min(waits, default=PARKED_S), new_walk=bool(full))
     if walk.remaining_s() <= LEAST_CALL_S:
         return OutOfTime()
-    hopeless = [reason for reason in walk.reasons if reason.reason in _HOPELESS]
-    if hopeless and len(hopeless) == len(walk.reasons):
-        return Refused(Signal(hopeless[0].reason))
+    if walk.reasons and all(reason.reason in _HOPELESS for reason in walk.reasons):
+        return Refused(Signal(next(reason.reason for reason in walk.reasons if reason.reason != "window_too_small")))
     return Exhausted()

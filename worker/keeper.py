@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from uuid import UUID
 
 import structlog
@@ -102,7 +103,8 @@ class Keeper:
             return
         self._seen_s = time.monotonic()
         if self._settings.heartbeat_file:
-            self._settings.heartbeat_file.touch()
+            with suppress(OSError):  # a full disk: then only the health check is wrong
+                self._settings.heartbeat_file.touch()
         mine = {row.job_id: row for row in rows if row.job_id}
         for job_id, row in mine.items():
             if row.cancel_requested and job_id in attempts.held:

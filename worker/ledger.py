@@ -108,6 +108,8 @@ WITH wanted AS (
 ), ready AS (  -- what is locked is being claimed by another, cancelled, expired or withdrawn
     SELECT id FROM jobs
     WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND run_at <= now() AND deadline_at > now() AND NOT cancel_requested
+      AND EXISTS (SELECT FROM workers w WHERE w.id = :worker AND w.state IN ('live', 'draining'))
+      AND NOT EXISTS (SELECT FROM lanes l WHERE l.name = jobs.lane AND l.paused)
     FOR NO KEY UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE jobs j SET state = 'running', fence = j.fence + 1, worker_id = :worker

@@ -26,7 +26,7 @@ SELECT id FROM moved
 """)
 
 
-async def expire(db: AsyncConnection, *, most: int = 1_000) -> list[UUID]:
+async def expire(db: AsyncConnection, *, most: int = 10_000) -> list[UUID]:
     """Queued jobs whose deadline has passed have ended as expired."""
     return [row.id for row in await db.execute(_EXPIRE, {"most": most})]
 
@@ -40,8 +40,8 @@ WITH target AS (
         state = CASE WHEN j.cancel_requested THEN 'cancelled'
             WHEN j.attempts + :death_costs >= :max_attempts THEN 'failed' ELSE 'queued' END,
         finished_at = CASE WHEN j.cancel_requested OR j.attempts + :death_costs >= :max_attempts THEN now() END,
-        error = CASE WHEN j.attempts + :death_costs >= :max_attempts THEN jsonb_build_object('code', 'worker_died',
-            'message', format('worker after worker died over it, or it went unanswered, until fence %s', j.fence),
+        error = CASE WHEN NOT j.cancel_requested AND j.attempts + :death_costs >= :max_attempts THEN jsonb_build_object(
+            'code', 'worker_died', 'message', format('worker after worker died over it, or it went unanswered, until fence %s', j.fence),
             'providers', '[]'::jsonb) END,
         attempts = j.attempts + :death_costs, worker_id = NULL, dispatched_at = NULL, run_at = now()
     FROM target t WHERE j.id = t.id AND j.fence = t.fence AND j.state = 'running' AND j.worker_id = t.worker_id

@@ -48,9 +48,10 @@ def decide(outcome: Outcome | Cancelled | Released, walk: Walk, *, rng: Callable
             error = _error(walk, "all_providers_failed", "all providers failed, to be attempted again")
             after_s = delay_s(walk.claim.attempts + 1, base_s=AGAIN_BASE_S, cap_s=AGAIN_CAP_S, rng=rng)
             return _settlement(walk, JobState.QUEUED, error=error, run_after_s=after_s, counted=True, new_walk=True)
-        case Parked(retry_after_s):
-            error = _error(walk, "parked", "no provider could be asked, to be attempted again")
-            return _settlement(walk, JobState.QUEUED, error=error, run_after_s=retry_after_s * (1 + PARK_JITTER * rng()))
+        case Parked(retry_after_s, new_walk):
+            error = _error(walk, "parked", "no provider could be asked or had room for it, to be attempted again")
+            after_s = retry_after_s * (1 + PARK_JITTER * rng())
+            return _settlement(walk, JobState.QUEUED, error=error, run_after_s=after_s, new_walk=new_walk)
         case Cancelled():
             return _settlement(walk, JobState.CANCELLED)
         case Released():

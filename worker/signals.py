@@ -95,7 +95,7 @@ POLICIES: Mapping[Signal, Policy] = {
     Signal.UNREACHABLE: Policy(verdict=_F, next=Next.ONWARD, billing=_FREE, retry=True),
     Signal.DROPPED: Policy(verdict=_F, next=Next.ONWARD, billing=_UNKNOWN),
     Signal.TIMED_OUT: Policy(verdict=_F, next=Next.ONWARD, billing=_UNKNOWN, slow=True),
-    Signal.OUT_OF_TIME: Policy(verdict=_X, next=Next.STOP, billing=_UNKNOWN),
-    Signal.CANCELLED: Policy(verdict=_X, next=Next.STOP, billing=_UNKNOWN),
+    Signal.OUT_OF_TIME: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN),
+    Signal.CANCELLED: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN),
     Signal.ORPHANED: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN),
 }

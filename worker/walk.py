@@ -69,9 +69,13 @@ class Exhausted:
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """Nobody could be asked; the earliest that can change is in `retry_after_s`."""
+    """Nobody could be asked, or all who were had no room for more; the earliest that can change is in `retry_after_s`.
+
+    `new_walk`: then those who were asked may be asked again.
+    """
 
     retry_after_s: float
+    new_walk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
