@@ -11,7 +11,7 @@ import worker
 from api import batches, figures, health, jobs, problems
 from api.parts import Parts
 from worker import config, wiring
-from worker.settings import Settings
+from worker.settings import Settings, read_settings
 from worker.waiting import Endings
 
 
@@ -20,7 +20,7 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
 
     Raises UsageError at once when the configuration cannot be used.
     """
-    chosen = settings or Settings()
+    chosen = settings or read_settings()
     configured = config.load(chosen.config)
 
     @asynccontextmanager

@@ -1,7 +1,9 @@
 """Cancel and requeue: what they reach, what they leave alone, and that they count."""
 
+import pytest
 from stage import HELLO, Mailbox, a_batch, a_job, a_worker, answered, batch, counters_are_exact, ending, job, play, rows, take
 
+from worker.errors import UsageError
 from worker.intervene import Cancelled, cancel, requeue
 from worker.job import JobState, Lane, new_id
 from worker.ledger import settle
@@ -99,5 +101,19 @@ def test_each_requeue_gives_the_full_time_anew_and_no_more(database_url):
             assert await requeue(db, job_ids=[job_id]) == 1
             (row,) = await rows(db, "SELECT deadline_at - run_at = make_interval(secs => deadline_s) AS exact FROM jobs")
             assert row.exact
+
+    play(database_url, story)
+
+
+def test_a_batch_that_is_cancelled_while_it_is_submitted_takes_no_more_rows(database_url):
+    async def story(db):
+        opened = await open_batch(db, "one", fingerprint=["x"], columns=None)
+        rows_ = [Row(ordinal=n, custom_id=None, request=HELLO, chain="default") for n in (1, 2)]
+        assert [added async for added in add_rows(db, opened, rows_[:1])] == [1]
+        await cancel(db, batch_id=opened.id)
+        with pytest.raises(UsageError, match="'one' was cancelled"):
+            _ = [added async for added in add_rows(db, opened, rows_[1:])]
+        assert (await batch(db, opened.id)).state == "finished"
+        await counters_are_exact(db)
 
     play(database_url, story)

@@ -515,3 +515,23 @@ def test_a_statement_undone_to_end_a_deadlock_is_run_again(database_url):
         assert [row.id for row in await ours] == [two]
 
     play(database_url, story)
+
+
+def test_a_worker_held_dead_claims_nothing(database_url):
+    async def story(db):
+        job_id, worker = await a_job(db), await a_worker(db, state="dead")
+        assert await take(db, [job_id], worker) == []
+        assert (await job(db, job_id)).state == "queued"
+
+    play(database_url, story)
+
+
+def test_nothing_is_claimed_from_a_paused_lane(database_url):
+    async def story(db):
+        job_id = await a_job(db)
+        await rows(db, "UPDATE lanes SET paused = true")
+        assert await take(db, [job_id]) == []
+        await rows(db, "UPDATE lanes SET paused = false")
+        assert len(await take(db, [job_id])) == 1
+
+    play(database_url, story)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -19,7 +19,7 @@ from worker.dispatch import queue_name
 from worker.embedded.attach import attached
 from worker.errors import BackstopError
 from worker.job import Lane
-from worker.settings import Settings
+from worker.settings import Settings, read_settings
 
 TASK = "backstop.run_jobs"
 
@@ -59,7 +59,7 @@ DELIVERY: dict[str, Any] = {
 def _configuration() -> dict[str, Any]:
     """Read when Celery first needs it, not at import. Ends a process that has no broker with one line."""
     try:
-        settings = attached(Settings())
+        settings = attached(read_settings())
     except BackstopError as error:
         print(f"backstop: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -67,7 +67,7 @@ def _configuration() -> dict[str, Any]:
         "broker_url": settings.redis_url,
         "imports": ["worker.tasks"],
         "worker_pool": "threads",
-        "worker_concurrency": _threads(settings),
+        "worker_concurrency": threads(settings),
         "worker_send_task_events": True,  # for Flower
         "task_send_sent_event": False,
         "worker_hijack_root_logger": False,
@@ -76,9 +76,10 @@ def _configuration() -> dict[str, Any]:
     }
 
 
-def _threads(settings: Settings) -> int:
+def threads(settings: Settings, lanes: Collection[Lane] = tuple(Lane)) -> int:
     """A thread for each interactive job, and for each bulk message: those that run and as many that wait for slots."""
-    return settings.interactive_slots + 2 * math.ceil(settings.bulk_slots / settings.pack_size)
+    bulk = 2 * math.ceil(settings.bulk_slots / settings.pack_size)
+    return (settings.interactive_slots if Lane.INTERACTIVE in lanes else 0) + (bulk if Lane.BULK in lanes else 0)
 
 
 app = Celery("backstop", set_as_current=True)

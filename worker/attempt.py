@@ -29,6 +29,7 @@ from worker.walk import Exhausted, Outcome, Walk
 
 log = structlog.get_logger(__name__)
 
+LAST_SETTLE_S = 10.0  # at a shutdown Postgres gets so long to take what was paid for
 SETTLE_AGAIN_S = 0.5  # between tries while Postgres is away
 
 
@@ -95,8 +96,10 @@ class Attempts:
             await asyncio.wait(self._packs, timeout=grace_s)
         for held in self.held.values():
             held.stop(Released())
-        while self._packs:
-            await asyncio.wait(self._packs)
+        if self._packs:
+            await asyncio.wait(self._packs, timeout=LAST_SETTLE_S)
+        if self._packs:
+            log.critical("settles_given_up", packs=len(self._packs))
 
     async def _run_pack(self, delivery_id: UUID, job_ids: Sequence[UUID], slots: Slots) -> Mapping[str, int]:
         self.waiting.add(delivery_id)

@@ -10,7 +10,6 @@ then answered counts as a success. Inside it stands the only retry loop of the s
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from worker.signals import POLICIES, Next, Signal, Verdict
 from worker.validation import fits, usable
 from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Reason, Refused, Walk
 
-FAILOVER_S = 0.5  # a failing provider may cost a job so much before the next one is asked
+FAILOVER_S = 0.4  # a failing provider may cost a job 500 ms before the next one is asked; the rest is for a busy loop
 RESERVE_S = 2.0  # kept for each provider that has not been asked yet
 RETRY_BASE_S = 0.1
 RETRY_CAP_S = 8.0  # a longer wait is the breaker's business: it would hold a slot
@@ -151,6 +150,8 @@ class Chain:
         for retry in range(1, retries + 1):
             if reply is None or not POLICIES[reply.signal].retry:
                 break
+            if untried and reply.signal is Signal.UNREACHABLE:
+                break  # who cannot be reached now will not be in a moment
             took_s = time.monotonic() - began_s
             wait_s = max(delay_s(retry, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S, rng=self._rng), reply.retry_after_s or 0)
             if untried and took_s + wait_s + took_s / retry > FAILOVER_S:
@@ -158,19 +159,19 @@ class Chain:
             if wait_s > min(RETRY_CAP_S, walk.remaining_s() - LEAST_CALL_S) or not self._breakers.seems_closed(station.provider.name):
                 break
             await asyncio.sleep(wait_s)
-            again = await self._call(walk, station, untried, most_s=FAILOVER_S - took_s - wait_s if untried else math.inf)
-            if again is None or again.signal is Signal.OUT_OF_TIME:
-                break  # what the first call said of the provider stands
+            again = await self._call(walk, station, untried)
+            if again is None:
+                break
             reply = again
         return reply
 
-    async def _call(self, walk: Walk, station: Station, untried: int, *, most_s: float = math.inf) -> Reply | None:
+    async def _call(self, walk: Walk, station: Station, untried: int) -> Reply | None:
         """One request and its reply, booked; None when it may not be sent any more once it stands on the books."""
         provider = station.provider
         call_id = await self._opened(walk, station)
         if walk.remaining_s() <= LEAST_CALL_S or not self._may_call(walk.claim):
             return None
-        timeout_s = min(_timeout_s(walk, station, untried), most_s)
+        timeout_s = _timeout_s(walk, station, untried)
         walk.unsent.remove(call_id)
         watch = Stopwatch(call_id, provider.name, provider.model)
         try:

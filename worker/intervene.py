@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.database import run
-from worker.ledger import COUNTED
+from worker.ledger import CLOSE_BATCH, COUNTED
 
 _CANCEL = text(f"""
 WITH target AS (
@@ -48,7 +48,12 @@ async def cancel(
     tenant: str | None = None,
     chunk: int = 10_000,
 ) -> Cancelled:
-    """The named jobs, those of a batch, or those of one Celery message end cancelled, unless they have ended already."""
+    """The named jobs, those of a batch, or those of one Celery message end cancelled, unless they have ended already.
+
+    A batch that was still being submitted takes no more rows.
+    """
+    if batch_id is not None:
+        await run(db, CLOSE_BATCH, id=batch_id)
     cancelled = flagged = 0
     while True:
         (row,) = await run(db, _CANCEL, ids=list(job_ids), batch=batch_id, delivery=delivery_id, tenant=tenant, most=chunk)

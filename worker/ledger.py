@@ -100,6 +100,15 @@ counted AS (
 )"""
 
 
+# Takes no more rows, and is finished once all of its jobs have ended.
+CLOSE_BATCH = text("""
+UPDATE batches SET
+    state = CASE WHEN succeeded + failed + cancelled + expired >= total THEN 'finished' ELSE 'open' END,
+    finished_at = CASE WHEN succeeded + failed + cancelled + expired >= total THEN now() END
+WHERE id = :id AND state = 'loading'
+""")
+
+
 _CLAIM = text("""
 WITH wanted AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:call_ids AS uuid[])) AS t(id, call_id)

@@ -158,18 +158,21 @@ async def providers_today(db: AsyncEngine, since: datetime | None = None, tenant
 
 
 async def failover(db: AsyncEngine, batch_id: UUID) -> Failover:
-    """How fast the batch's jobs left a provider whose call had failed for the next one, by the workers' clocks."""
+    """How long the batch's jobs stayed with a provider once it had failed, by the workers' clocks: see `Failover`."""
     sql = """
     SELECT count(*) AS switches, percentile_disc(0.5) WITHIN GROUP (ORDER BY gap_ms) AS p50_ms,
            percentile_disc(0.95) WITHIN GROUP (ORDER BY gap_ms) AS p95_ms,
            percentile_disc(0.99) WITHIN GROUP (ORDER BY gap_ms) AS p99_ms, max(gap_ms) AS max_ms
     FROM (
-        SELECT extract(epoch FROM c.started_at - lag(c.ended_at) OVER steps)::float8 * 1000 AS gap_ms,
-               lag(c.outcome) OVER steps AS left_for, c.provider <> lag(c.provider) OVER steps AS switched
-        FROM provider_calls c JOIN jobs j ON j.id = c.job_id
-        WHERE j.batch_id = :batch AND c.started_at IS NOT NULL
-        WINDOW steps AS (PARTITION BY c.job_id, c.fence ORDER BY c.started_at, c.id)
-    ) s WHERE switched AND left_for NOT IN ('answered', 'cancelled')
+        SELECT extract(epoch FROM began - lag(failed) OVER steps)::float8 * 1000 AS gap_ms
+        FROM (
+            SELECT c.job_id, c.fence, c.provider, min(c.started_at) AS began,
+                   min(c.ended_at) FILTER (WHERE c.outcome NOT IN ('answered', 'cancelled')) AS failed
+            FROM provider_calls c JOIN jobs j ON j.id = c.job_id
+            WHERE j.batch_id = :batch AND c.started_at IS NOT NULL GROUP BY 1, 2, 3
+        ) step
+        WINDOW steps AS (PARTITION BY job_id, fence ORDER BY began)
+    ) s WHERE gap_ms IS NOT NULL
     """
     return Failover(**(await _rows(db, sql, batch=batch_id))[0])
 

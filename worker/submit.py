@@ -19,6 +19,7 @@ from worker.database import jsonb, run
 from worker.dispatch import Publish, withdraw
 from worker.errors import BackstopError, UsageError
 from worker.job import ChatRequest, Lane, new_id
+from worker.ledger import CLOSE_BATCH
 
 log = structlog.get_logger(__name__)
 
@@ -165,11 +166,13 @@ WITH row AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:ordinals AS bigint[]), CAST(:custom_ids AS text[]), CAST(:chains AS text[]),
         CAST(:requests AS jsonb[]), CAST(:sources AS jsonb[]), CAST(:errors AS jsonb[]))
         AS t(id, ordinal, custom_id, chain, request, source, error)
+), loading AS (
+    SELECT id FROM batches WHERE id = :batch AND state = 'loading' FOR NO KEY UPDATE
 ), job AS (
     INSERT INTO jobs (id, tenant, batch_id, ordinal, custom_id, chain, lane, state, deadline_at, deadline_s, error, finished_at)
     SELECT id, :tenant, :batch, ordinal, custom_id, chain, 'bulk', CASE WHEN error IS NULL THEN 'queued' ELSE 'failed' END,
         now() + make_interval(secs => :deadline_s), :deadline_s, error, CASE WHEN error IS NOT NULL THEN now() END
-    FROM row
+    FROM row WHERE EXISTS (SELECT FROM loading)
     ON CONFLICT (batch_id, ordinal) WHERE batch_id IS NOT NULL DO NOTHING
     RETURNING id, state
 ), request AS (
@@ -180,7 +183,7 @@ WITH row AS (
     FROM (SELECT count(*) AS total, count(*) FILTER (WHERE state = 'failed') AS failed FROM job) n
     WHERE batches.id = :batch
 )
-SELECT count(*) AS added FROM job
+SELECT count(*) AS added, EXISTS (SELECT FROM loading) AS loading FROM job
 """)
 
 
@@ -208,6 +211,8 @@ async def add_rows(
             sources=[jsonb(row.source) for row in chunk],
             errors=[jsonb({"code": "unusable_row", "message": row.problem, "providers": []} if row.problem else None) for row in chunk],
         )
+        if not added[0].loading:
+            raise UsageError(f"batch {batch.name!r} was cancelled or completed meanwhile: no more rows are taken")
         yield added[0].added
 
 
@@ -215,17 +220,9 @@ def _take(source: Iterator[Row]) -> list[Row]:
     return list(islice(source, CHUNK))
 
 
-_CLOSE_BATCH = text("""
-UPDATE batches SET
-    state = CASE WHEN succeeded + failed + cancelled + expired >= total THEN 'finished' ELSE 'open' END,
-    finished_at = CASE WHEN succeeded + failed + cancelled + expired >= total THEN now() END
-WHERE id = :id AND state = 'loading'
-""")
-
-
 async def close_batch(db: AsyncEngine, batch: Batch) -> None:
     """All rows are in: the batch is finished as soon as all of them have ended."""
-    await run(db, _CLOSE_BATCH, id=batch.id)
+    await run(db, CLOSE_BATCH, id=batch.id)
 
 
 def _fingerprint(parts: Sequence[Any]) -> str:

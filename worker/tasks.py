@@ -20,7 +20,7 @@ from worker.dispatch import queue_name
 from worker.errors import BackstopError
 from worker.job import Lane
 from worker.loop import LoopThread
-from worker.settings import Settings
+from worker.settings import read_settings
 from worker.wiring import WorkerProcess
 
 log = structlog.get_logger(__name__)
@@ -41,7 +41,7 @@ class Process(bootsteps.StartStopStep):
             os.nice(BULK_NICENESS)  # threads started from here on inherit it
         Process.loop = LoopThread()
         try:
-            Process.process = Process.loop.submit(WorkerProcess.open(Settings(), lanes)).result()
+            Process.process = Process.loop.submit(WorkerProcess.open(read_settings(), lanes)).result()
         except (BackstopError, DBAPIError) as error:
             fault = unreachable(error) if isinstance(error, DBAPIError) else error
             log.critical("not_started", why=str(fault))
@@ -84,4 +84,4 @@ def revoke(state: Any, task_id: str | Sequence[str], **_: Any) -> Mapping[str, s
 
 @setup_logging.connect
 def _logging(**_: Any) -> None:
-    events.configure(Settings())
+    events.configure(read_settings())

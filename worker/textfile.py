@@ -139,8 +139,9 @@ def _encoding(name: str, sample: bytes) -> tuple[str, int]:
 def _other_encoding(name: str, sample: bytes, bad: int) -> str:
     lenient = sample.decode("utf-8", "replace")
     broken = lenient.count("\ufffd")
-    if sum(char > "\x7f" for char in lenient) - broken > broken:
-        return "utf-8"  # more good characters than bad ones: damaged UTF-8, which reading on will name
+    good = sum(char > "\x7f" for char in lenient) - broken
+    if good and good >= broken:
+        return "utf-8"  # no fewer good characters than bad ones: damaged UTF-8, which reading on will name
     guess = None if 0 in sample else _guess(sample, bad)
     if guess is None:
         raise UsageError(f"{name} is not text in an encoding known here: save it as CSV (UTF-8)")

@@ -130,7 +130,7 @@ class ProviderDay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failover:
-    """Time to notice and switch: from the end of a failed call to the start of the next, at another provider.
+    """Time to switch: from the end of a provider's first failed call, its retries included, to the start of the next provider's.
 
     Both of one attempt: the wait of a job that is attempted again is not in it.
     """

@@ -27,6 +27,7 @@ from worker.cost import Pricing
 from worker.database import engine
 from worker.dispatch import Publish
 from worker.embedded.attach import attached
+from worker.errors import UsageError
 from worker.grouping import Group
 from worker.intervene import cancel
 from worker.job import Lane
@@ -54,8 +55,11 @@ class Connections:
 
 
 def redis_client(url: str) -> Redis:
-    """A client that answers or fails fast, and never tries again by itself."""
-    return Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+    """A client that answers or fails fast, and never tries again by itself. Raises UsageError."""
+    try:
+        return Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+    except ValueError:
+        raise UsageError("REDIS_URL is no URL of a Redis: expected redis://:password@host:6379/0") from None
 
 
 @asynccontextmanager

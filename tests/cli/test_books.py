@@ -200,7 +200,6 @@ def test_each_difference_is_a_fault_and_the_only_one(compared, story, fault):
     assert compared(story).faults == [fault]
 
 
-@pytest.mark.xfail(strict=True, reason="only lines whose outcome is `answered` are looked at, not `slow` ones")
 def test_a_job_answered_twice_is_found_however_slow_the_answers_were(compared):
     async def story(market: Market) -> None:
         job_id = new_id()

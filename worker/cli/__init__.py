@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import Any
 
 import click
 
@@ -66,18 +65,28 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code; a user's mistake is one line, never a trace."""
     try:
-        code: Any = cli.main(arguments, prog_name="backstop", standalone_mode=False)
+        # Not `cli.main`: it would end a broken pipe with 1, and other errors of writing with a trace.
+        with cli.make_context("backstop", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+        code = 0
+    except click.exceptions.Exit as exit_:
+        code = exit_.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except BackstopError as error:
         if str(error):
             click.echo(f"backstop: {error}", err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("backstop: interrupted", err=True)
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read has what it wanted
-        sys.exit(0)
-    sys.exit(code if isinstance(code, int) else 0)
+        code = 0  # whoever read has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        click.echo(f"backstop: {error.strerror or error}", err=True)
+        code = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

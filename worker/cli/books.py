@@ -11,6 +11,7 @@ import httpx
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+GOOD = frozenset({"answered", "slow"})
 _CALLS = text("SELECT id, job_id, provider, outcome, cost_usd FROM provider_calls WHERE opened_at >= :since")
 
 
@@ -49,7 +50,7 @@ async def compare(db: AsyncEngine, http: httpx.AsyncClient, simulator: str, sinc
         faults.append(f"{len(off)} requests are on the simulator's bill and not on our books")
     if unsent := booked.keys() - received.keys():
         faults.append(f"{len(unsent)} calls are on our books that no provider received")
-    answers = Counter(booked[line["call_id"]].job_id for line in bill if line["outcome"] == "answered" and line["call_id"] in booked)
+    answers = Counter(booked[line["call_id"]].job_id for line in bill if line["outcome"] in GOOD and line["call_id"] in booked)
     if again := [job for job, times in answers.items() if times > 1]:
         faults.append(f"{len(again)} jobs were answered more than once")
     providers = {}
@@ -61,7 +62,7 @@ async def compare(db: AsyncEngine, http: httpx.AsyncClient, simulator: str, sinc
         providers[name] = Books(
             billed_requests=len(lines),
             booked_requests=len(ours),
-            billed_answers=sum(line["outcome"] == "answered" for line in lines),
+            billed_answers=sum(line["outcome"] in GOOD for line in lines),
             billed_usd=sum(charges.values(), Decimal(0)),
             booked_usd=sum((call.cost_usd for call in ours if call.cost_usd is not None), Decimal(0)),
             unknown_calls=len(unknown),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -22,11 +23,12 @@ from worker.cli.books import Books, compare
 from worker.cli.children import Children
 from worker.cli.look import batch_now, export
 from worker.cli.produce import load_batch, rows_of
-from worker.cli.roles import first_key
+from worker.cli.roles import first_key, until_up
 from worker.cli.screen import json_option, money, progress, say, show_json, show_table
 from worker.cli.session import servers, with_ledger
 from worker.config import load
-from worker.errors import BackstopError
+from worker.embedded.servers import found
+from worker.errors import BackstopError, UsageError
 from worker.job import ChatRequest
 from worker.settings import Settings, read_settings
 from worker.submit import open_batch
@@ -65,7 +67,7 @@ def demo(as_json: bool) -> None:
         children.start("worker-interactive", ["worker", "--lane", "interactive"])
         children.start("worker-bulk", ["worker", "--lane", "bulk"])
         children.start("api", ["api", "--port", str(ports[1])])
-        report = with_ledger(lambda open_: _play(open_, settings, stage, children.check))
+        report = with_ledger(lambda open_: _play(open_, settings, stage, children))
     report["seconds"] = round(time.monotonic() - began_s, 1)
     show_json(report) if as_json else _tell(report)
     if report["faults"]:
@@ -73,7 +75,10 @@ def demo(as_json: bool) -> None:
 
 
 def _set_scene(data: Path, simulator_port: int) -> None:
-    data.mkdir(parents=True, exist_ok=True)
+    if any(astuple(found(data))):
+        raise UsageError(f"another demo runs under {os.path.relpath(data)}: wait for it, or set BACKSTOP_DATA")
+    shutil.rmtree(data, ignore_errors=True)  # nothing of an earlier run, whole or broken off, is in the books of this one
+    data.mkdir(parents=True)
     for name in ("DATABASE_URL", "REDIS_URL", "BACKSTOP_DATABASE_URL", "BACKSTOP_REDIS_URL"):
         os.environ.pop(name, None)
     config = data / "backstop.toml"
@@ -81,14 +86,15 @@ def _set_scene(data: Path, simulator_port: int) -> None:
     os.environ.update(BACKSTOP_DATA=str(data), BACKSTOP_CONFIG=str(config), BACKSTOP_BULK_SLOTS=str(IN_FLIGHT), BACKSTOP_PACK_SIZE="4")
 
 
-async def _play(open_: Connections, settings: Settings, stage: Stage, check: Callable[[], None]) -> dict[str, Any]:
-    async with httpx.AsyncClient(timeout=30) as http:
-        await _until_up(open_, http, stage, check)
+async def _play(open_: Connections, settings: Settings, stage: Stage, children: Children) -> dict[str, Any]:
+    say("starting Postgres, Valkey, the simulated providers, two workers and the API")
+    await until_up(open_, children=children, ready=[f"{stage.simulator}/livez", f"{stage.api}/readyz"])
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
         began = datetime.now(UTC)
         batch = await _enqueue(open_, settings)
         say("a person asks over REST in the meantime; and the first provider goes down for a while")
         asked = asyncio.create_task(_ask_over_rest(http, stage))
-        view = await _watch(open_, http, stage, batch, check)
+        view = await _watch(open_, http, stage, batch, children.check)
         rest_ms = await asked
         statuses = await open_.breakers.status(list(load(settings.config).providers))
         books = await compare(open_.db, http, stage.simulator, began)
@@ -103,25 +109,8 @@ async def _play(open_: Connections, settings: Settings, stage: Stage, check: Cal
         "interactive_ms": rest_ms,
         "breakers": {status.provider: {"state": status.state, "opened": status.opened_times} for status in statuses},
         "bill": books.providers,
-        "faults": [*_unanswered(view), *books.faults, *_slow(failover)],
+        "faults": [*_unanswered(view), *books.faults, *_unfailing(failover)],
     }
-
-
-async def _until_up(open_: Connections, http: httpx.AsyncClient, stage: Stage, check: Callable[[], None]) -> None:
-    say("starting Postgres, Valkey, the simulated providers, two workers and the API")
-    while True:
-        check()
-        live = [worker for worker in await reads.workers(open_.db) if worker.state == "live"]
-        if len(live) >= 2 and await _answers(http, f"{stage.simulator}/livez") and await _answers(http, f"{stage.api}/readyz"):
-            return
-        await asyncio.sleep(0.1)
-
-
-async def _answers(http: httpx.AsyncClient, url: str) -> bool:
-    try:
-        return (await http.get(url)).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 async def _enqueue(open_: Connections, settings: Settings) -> BatchView:
@@ -180,7 +169,7 @@ def _unanswered(view: BatchView) -> list[str]:
     return [] if view.succeeded == view.total else [f"{view.total - view.succeeded} of {view.total} tickets are unanswered"]
 
 
-def _slow(failover: Failover) -> list[str]:
+def _unfailing(failover: Failover) -> list[str]:
     if failover.switches == 0:
         return ["no job ever changed its provider, although one was down"]
     return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from uuid import UUID
@@ -12,7 +13,7 @@ import click
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import reads
-from worker.cli.screen import json_option, money, progress, say, show_json, show_table
+from worker.cli.screen import job_json, json_option, money, progress, say, show_json, show_table
 from worker.cli.session import with_ledger
 from worker.errors import NotFound, PartlyFailed, UsageError
 from worker.export import ExportRow, replacing, write_csv, write_jsonl
@@ -22,6 +23,7 @@ from worker.views import BatchView, CallView, CostKey, JobView
 from worker.wiring import Connections
 
 LOOK_S = 0.25
+LOADING_S = 10.0  # a batch that is being submitted grows at least so often
 
 
 async def batch_now(db: AsyncEngine, batch_id: UUID) -> BatchView:
@@ -35,8 +37,13 @@ async def follow(open_: Connections, batch_id: UUID, check: Callable[[], None] =
     """The batch once all of its jobs have ended, with a bar until then. `check` may raise to give up."""
     with progress("answering ") as bar:
         task = bar.add_task("", total=None, note="")
+        grew_s, total = time.monotonic(), -1
         while True:
             view = await batch_now(open_.db, batch_id)
+            if view.total != total:
+                grew_s, total = time.monotonic(), view.total
+            if view.state == "loading" and view.unfinished == 0 and time.monotonic() - grew_s > LOADING_S:
+                raise PartlyFailed(f"batch {view.name} is still being submitted, or that broke off: {view.total} rows so far")
             failed = view.failed + view.expired + view.cancelled
             note = f"[red]{failed} unanswered[/red]" if failed else ""
             bar.update(task, completed=view.total - view.unfinished, total=view.total, note=note)
@@ -77,7 +84,7 @@ def watch(name: str, as_json: bool) -> None:
             again = await reads.job(open_.db, found.id)
             assert again is not None
             found = again
-        show_json(found) if as_json else say_job(found)
+        show_json(job_json(found)) if as_json else say_job(found)
         if found.state is not JobState.SUCCEEDED:
             raise PartlyFailed("")
 
@@ -95,7 +102,7 @@ def results(name: str, shape: str | None, out: Path | None, as_json: bool) -> No
     async def write(open_: Connections) -> None:
         found = await target(open_.db, name)
         if isinstance(found, JobView):
-            show_json(found)
+            show_json(job_json(found))
             if found.state is not JobState.SUCCEEDED:
                 raise PartlyFailed("")
             return
@@ -103,6 +110,8 @@ def results(name: str, shape: str | None, out: Path | None, as_json: bool) -> No
         await export(open_, found, out, shape or by_name)
         if out:
             say(f"results: {out}")
+        if found.state == "loading":
+            raise PartlyFailed(f"batch {found.name} is still being submitted, or that broke off: {found.total} rows so far")
         if found.succeeded < found.total:
             raise PartlyFailed(f"{found.total - found.succeeded} of {found.total} are unanswered or failed")
 
@@ -150,7 +159,7 @@ def jobs(state: str | None, batch_name: str | None, limit: int, as_json: bool) -
             batch_id = batch.id
         found = await reads.jobs(open_.db, state=JobState(state) if state else None, batch_id=batch_id, limit=limit)
         if as_json:
-            show_json(found)
+            show_json([job_json(one) for one in found])
             return
         show_table(
             ("job", "state", "lane", "chain", "provider", "calls", "USD", "created"),
@@ -174,7 +183,7 @@ def job(job_id: str, as_json: bool) -> None:
             raise NotFound(f"no job {job_id!r}; see backstop jobs")
         calls = await reads.calls(open_.db, view.id)
         if as_json:
-            show_json({"job": view, "calls": calls})
+            show_json({"job": job_json(view), "calls": calls})
             return
         say_job(view)
         click.echo()

@@ -13,7 +13,7 @@ from worker.cli.look import target
 from worker.cli.screen import json_option, money, say, show_json, show_table
 from worker.cli.session import with_ledger
 from worker.config import load
-from worker.errors import NotFound
+from worker.errors import NotFound, UsageError
 from worker.intervene import cancel as cancel_jobs
 from worker.intervene import requeue
 from worker.job import Lane
@@ -62,6 +62,8 @@ def cancel(name: str, as_json: bool) -> None:
 def providers(action: Literal["open", "close", "reset"] | None, name: str | None, as_json: bool) -> None:
     """The health of every provider; or: open NAME (ask it no more), close NAME (ask it whatever happens), reset NAME."""
     configured = load(read_settings().config)
+    if action and not name:
+        raise UsageError(f"{action} which provider? One of: {', '.join(configured.providers)}")
     if action and name not in configured.providers:
         raise NotFound(f"no provider {name!r}; there are: {', '.join(configured.providers)}")
 

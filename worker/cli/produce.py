@@ -14,7 +14,7 @@ from worker import reads, template, tickets
 from worker.batchlines import parse
 from worker.cli.fleet import somebody_works
 from worker.cli.look import batch_now, export, follow, say_batch
-from worker.cli.screen import json_option, money, plain, progress, say, show_json
+from worker.cli.screen import job_json, json_option, money, plain, progress, say, show_json
 from worker.cli.session import with_ledger
 from worker.config import Config, load
 from worker.errors import BackstopError, PartlyFailed, UsageError, WaitTimedOut
@@ -30,7 +30,14 @@ from worker.wiring import Connections
 @click.command()
 @click.argument("text")
 @click.option("--chain", default="default", show_default=True, help="Chain, provider or model to ask.")
-@click.option("--wait", "wait_s", default=30.0, show_default=True, help="Seconds to wait for the answer; 0 prints the job's id.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(0, 86_400),
+    default=30.0,
+    show_default=True,
+    help="Seconds to wait for the answer; 0 prints the job's id.",
+)
 @json_option
 def chat(text: str, chain: str, wait_s: float, as_json: bool) -> None:
     """Asks TEXT (or stdin, as -) and prints the answer."""
@@ -58,7 +65,7 @@ async def _show_answer(open_: Connections, job_id: UUID, wait_s: float, as_json:
     view = await reads.job(open_.db, job_id)
     assert view is not None
     if as_json:
-        show_json(view)
+        show_json(job_json(view))
     elif view.answer is not None:
         click.echo(view.answer.content or plain(view.answer.tool_calls))
         say(f"({view.answer.provider}, {view.answer.model}, {money(view.cost_usd)} USD, {view.calls} call(s))")
@@ -91,8 +98,9 @@ def enqueue(
     configured.chain(chain)
     asking = template.load(prompt) if prompt else template.DEFAULT
     _check_out(out)
+    shape = "jsonl" if out and out.suffix in (".jsonl", ".ndjson") else "csv"
     with tickets.open_tickets(file) as source:
-        _check_columns(source, asking, prompt, id_column)
+        _check_columns(source, asking, prompt, id_column, shape if out else None)
         rows = rows_of(source, asking, configured, chain, id_column)
         if dry_run:
             _dry_run(source, rows, as_json)
@@ -111,7 +119,7 @@ def enqueue(
             async with somebody_works(open_, settings) as children:
                 view = await follow(open_, batch.id, children.check)
             if out:
-                await export(open_, view, out, "jsonl" if out.suffix in (".jsonl", ".ndjson") else "csv")
+                await export(open_, view, out, shape)
                 say(f"results: {out}")
             show_json(view) if as_json else say_batch(view)
             if view.succeeded < view.total:
@@ -121,12 +129,16 @@ def enqueue(
 
 
 def _check_out(out: Path | None) -> None:
+    if out and out.is_dir():
+        raise UsageError(f"--out {out}: is a directory; name a file in it, as in {out / 'out.csv'}")
     if out and not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: there is no directory {out.parent}")
 
 
-def _check_columns(source: Source, asking: Template, prompt: Path | None, id_column: str | None) -> None:
+def _check_columns(source: Source, asking: Template, prompt: Path | None, id_column: str | None, shape: str | None) -> None:
     if source.columns is None:
+        if shape == "csv":
+            raise UsageError("--out: OpenAI batch lines have no columns for a CSV; name a .jsonl file")
         if prompt:
             raise UsageError(f"{source.name} holds OpenAI batch lines, which carry their own prompts: leave out --prompt")
         return

@@ -62,7 +62,7 @@ def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flowe
             login = _flower_login(settings.data)
             children.start("flower", ["flower", "--port", str(flower_port)])
             ready.append(f"http://{HOST}:{flower_port}/healthcheck")
-        with_ledger(partial(_until_up, children=children, ready=ready))
+        with_ledger(partial(until_up, children=children, ready=ready))
         say(f"API      http://{host}:{port}   key in {key_file}, documentation at /docs")
         if not no_flower:
             say(f"Flower   http://{HOST}:{flower_port}   login in {login}")
@@ -85,7 +85,7 @@ def worker(lanes: Sequence[str], concurrency: int | None) -> None:
     if concurrency:
         os.environ["BACKSTOP_BULK_SLOTS"] = str(concurrency)
     with servers() as settings:
-        from worker.app import app
+        from worker.app import app, threads
         from worker.dispatch import queue_name
 
         chosen = [Lane(lane) for lane in lanes] or list(Lane)
@@ -93,6 +93,7 @@ def worker(lanes: Sequence[str], concurrency: int | None) -> None:
             "worker",
             f"--queues={','.join(queue_name(lane) for lane in chosen)}",
             f"--hostname={'-'.join(chosen)}-{os.getpid()}@%h",
+            f"--concurrency={threads(read_settings(), chosen)}",
             f"--loglevel={settings.log_level}",
             "--without-gossip",
             "--without-mingle",
@@ -215,7 +216,7 @@ def _embeds(settings: Settings) -> bool:
     return not (settings.database_url and settings.redis_url)
 
 
-async def _until_up(open_: Connections, *, children: Children, ready: Sequence[str]) -> None:
+async def until_up(open_: Connections, *, children: Children, ready: Sequence[str]) -> None:
     """These URLs answer 200 and every worker has registered. Raises BackstopError when one of them has ended instead."""
     ours = {pid for name, pid in children.pids().items() if name.startswith("worker-")}
     async with httpx.AsyncClient(timeout=2, trust_env=False) as http:

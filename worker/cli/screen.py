@@ -25,6 +25,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from worker.views import JobView
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _MARKS = {
@@ -42,6 +44,17 @@ def json_option(command: Command) -> Command:
 def show_json(value: Any) -> None:
     """One JSON document on stdout; decimals and ids as strings."""
     click.echo(json.dumps(plain(value), ensure_ascii=False, indent=2))
+
+
+def job_json(view: JobView) -> dict[str, Any]:
+    """A job in the words of the REST API."""
+    answer = view.answer
+    result = answer and {
+        "content": answer.content, "finish_reason": answer.finish_reason, "provider": answer.provider, "model": answer.model,
+        "usage": answer.usage, "degraded": answer.degraded,
+    }  # fmt: skip
+    shown = {"result": result, "cost_usd": None if view.cost_usd is None else money(view.cost_usd)}
+    return {name: value for name, value in asdict(view).items() if name not in ("answer", "cost_usd", "tenant")} | shown
 
 
 def plain(value: Any) -> Any:
@@ -73,7 +86,8 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: 
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for position, name in enumerate(columns):
         numeric = bool(cells) and all(_is_number(row[position]) for row in cells)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        whole = bool(cells) and all(len(row[position]) == 36 for row in cells)  # ids are there to be copied
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
     for row in cells:
         table.add_row(*(Text(cell, style=_MARKS.get(cell, "")) for cell in row))
     Console().print(table)
