@@ -406,7 +406,7 @@ def test_jobs_are_listed_by_state_and_batch_newest_first(backstop, database_url)
 def test_a_job_shows_its_answer_and_the_timeline_of_its_calls(backstop, database_url):
     good, bad = a_batch(database_url, [JobState.SUCCEEDED, JobState.FAILED])
     body = backstop("job", good, "--json").json()
-    assert (body["job"]["state"], body["job"]["answer"]["content"], body["job"]["cost_usd"]) == ("succeeded", "hi", "0.25")
+    assert (body["job"]["state"], body["job"]["result"]["content"], body["job"]["cost_usd"]) == ("succeeded", "hi", "0.25")
     assert [(call["provider"], call["outcome"], call["cost_usd"]) for call in body["calls"]] == [("first", "answered", "0.25")]
     words = backstop("job", bad)
     assert words.code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,10 +20,11 @@ from worker.cli.session import with_ledger
 from worker.config import Config, load
 from worker.errors import BackstopError, PartlyFailed, UsageError, WaitTimedOut
 from worker.job import ChatRequest
-from worker.settings import read_settings
+from worker.settings import Settings, read_settings
 from worker.submit import Batch, NewJob, Row, add_rows, close_batch, open_batch, submit
 from worker.template import Template
 from worker.tickets import Source, Ticket
+from worker.views import BatchView
 from worker.waiting import Endings
 from worker.wiring import Connections
 
@@ -97,10 +99,9 @@ def enqueue(
     configured = load(settings.config)
     configured.chain(chain)
     asking = template.load(prompt) if prompt else template.DEFAULT
-    _check_out(out)
-    shape = "jsonl" if out and out.suffix in (".jsonl", ".ndjson") else "csv"
+    shape = _shape_of(out)
     with tickets.open_tickets(file) as source:
-        _check_columns(source, asking, prompt, id_column, shape if out else None)
+        _check_columns(source, asking, prompt, id_column, shape)
         rows = rows_of(source, asking, configured, chain, id_column)
         if dry_run:
             _dry_run(source, rows, as_json)
@@ -116,9 +117,8 @@ def enqueue(
                 show_json(view) if as_json else say_batch(view)
                 say(f"watch it with: backstop watch {batch_name}")
                 return
-            async with somebody_works(open_, settings) as children:
-                view = await follow(open_, batch.id, children.check)
-            if out:
+            view = await _ended(open_, settings, batch)
+            if out and shape:
                 await export(open_, view, out, shape)
                 say(f"results: {out}")
             show_json(view) if as_json else say_batch(view)
@@ -128,11 +128,23 @@ def enqueue(
         with_ledger(load_all)
 
 
-def _check_out(out: Path | None) -> None:
-    if out and out.is_dir():
+async def _ended(open_: Connections, settings: Settings, batch: Batch) -> BatchView:
+    try:
+        async with somebody_works(open_, settings) as children:
+            return await follow(open_, batch.id, children.check)
+    except asyncio.CancelledError:
+        say(f"\nthe jobs of batch {batch.name} stay queued for the next worker: backstop watch {batch.name}, or cancel {batch.name}")
+        raise
+
+
+def _shape_of(out: Path | None) -> str | None:
+    if out is None:
+        return None
+    if out.is_dir():
         raise UsageError(f"--out {out}: is a directory; name a file in it, as in {out / 'out.csv'}")
-    if out and not out.absolute().parent.is_dir():
+    if not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: there is no directory {out.parent}")
+    return "jsonl" if out.suffix in (".jsonl", ".ndjson") else "csv"
 
 
 def _check_columns(source: Source, asking: Template, prompt: Path | None, id_column: str | None, shape: str | None) -> None:
