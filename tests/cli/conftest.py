@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ def here(tmp_path: Path, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) 
 def command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ended]]:
     """Runs one command. Whatever it is: no trace, no colours, and nothing but the document on stdout with --json."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    handlers, level = logging.root.handlers[:], logging.root.level  # a command logs to a stream that ends with the test
 
     def run(*arguments: str, stdin: str = "") -> Ended:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin.encode())), "utf-8"))
@@ -94,6 +96,8 @@ def command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         return ended
 
     yield run
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
     for number, handler in before.items():
         signal.signal(number, handler)
 

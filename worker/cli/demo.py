@@ -193,13 +193,13 @@ def _tell(report: dict[str, Any]) -> None:
     total = sum((book.booked_usd for book in books.values()), Decimal(0))
     unknown = sum(book.unknown_calls for book in books.values())
     for name, words in {
-        "books": f"{money(total)} USD and {unknown} calls of unknown cost; request by request what the providers billed",
+        "books": f"{money(total)} USD, and {unknown} calls whose cost we cannot know; each request is on both sides, once",
         "failover": f"{failover.switches} times to the next provider, median {failover.p50_ms:.0f} ms, worst {failover.max_ms:.0f} ms",
         "a person's job": f"answered over REST in {report['interactive_ms']:.0f} ms beside the tickets, provider's time included",
         "time": f"{report['seconds']} s, start and stop of all servers included",
         "results": os.path.relpath(report["results"]),
-        "next": "`backstop simulate` in one terminal, `backstop up` in another, then in a third:",
-        "": "backstop enqueue examples/tickets.csv --prompt examples/triage.toml --wait --out out.csv",
+        "next": "after `. .venv/bin/activate`: `backstop simulate` in one terminal, `backstop up` in another, in a third:",
+        "": "backstop enqueue examples/tickets.csv --prompt examples/triage.toml --batch first --wait --out out.csv",
     }.items():
         click.echo(f"{name:<15} {words}")
 
