@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from worker import cli
 from worker.loop import LoopThread
@@ -78,7 +79,9 @@ def here(tmp_path: Path, simulator: Simulator, monkeypatch: pytest.MonkeyPatch) 
 def command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ended]]:
     """Runs one command. Whatever it is: no trace, no colours, and nothing but the document on stdout with --json."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    handlers, level = logging.root.handlers[:], logging.root.level  # a command logs to a stream that ends with the test
+    # A command logs to a stream that ends with the test, and its loggers would be kept for all tests to come.
+    handlers, level, logged, configure = logging.root.handlers[:], logging.root.level, structlog.get_config(), structlog.configure
+    monkeypatch.setattr("structlog.configure", lambda **given: configure(**{**given, "cache_logger_on_first_use": False}))
 
     def run(*arguments: str, stdin: str = "") -> Ended:
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(stdin.encode())), "utf-8"))
@@ -98,6 +101,7 @@ def command(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     yield run
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
+    configure(**logged)
     for number, handler in before.items():
         signal.signal(number, handler)
 
