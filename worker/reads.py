@@ -90,7 +90,7 @@ FROM batches b
 async def batch(db: AsyncEngine, name_or_id: str | UUID, tenant: str | None = None) -> BatchView | None:
     """The batch of that id, else the newest of that name, or None."""
     sql = f"{_BATCH} WHERE (id = :id OR name = :name) {_of('b', tenant)} ORDER BY id = :id DESC, created_at DESC LIMIT 1"
-    name = str(name_or_id).replace("\x00", "")
+    name = str(name_or_id).replace("\x00", "").encode("utf-8", "replace").decode()  # what no batch can be called
     rows = await _rows(db, sql, id=uuid_or_none(name), name=name, tenant=tenant)
     return BatchView(**rows[0]) if rows else None
 
