@@ -396,6 +396,11 @@ def test_providers_without_room_park_the_job_until_the_first_of_them_has_some():
     assert walked(stage)[0] == Parked(20, new_walk=True)
 
 
+def test_one_without_room_that_names_no_wait_is_asked_again_soon_whatever_the_others_say():
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=3_000)], "b": [failed(Signal.SLOW_DOWN)]})
+    assert walked(stage)[0] == Parked(PARKED_S, new_walk=True)
+
+
 def test_one_that_failed_among_those_without_room_costs_an_attempt():
     stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=30)], "b": [failed(Signal.OVERLOADED)]})
     assert walked(stage)[0] == Exhausted()
@@ -760,7 +765,8 @@ def check_ending(stage: Stage, walk: Walk, outcome: Outcome, script: list[Part])
             assert POLICIES[signal].next is not Next.ONWARD
         case Exhausted() | Parked():
             assert set(why) == {f"p{i}" for i in range(len(script))}
-            full = {call.signal for call in walk.calls} <= {Signal.RATE_LIMITED, Signal.SLOW_DOWN}
+            last = {call.provider: call.signal for call in walk.calls}  # a retry may have said something else
+            full = set(last.values()) <= {Signal.RATE_LIMITED, Signal.SLOW_DOWN}
             assert isinstance(outcome, Parked) == full  # X14
         case OutOfTime():
             assert walk.remaining_s() <= LEAST_CALL_S or asked == [] or walk.calls[-1].signal is Signal.OUT_OF_TIME

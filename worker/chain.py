@@ -250,7 +250,8 @@ def _unanswered(walk: Walk) -> Outcome:
     full = [reason for reason in walk.reasons if reason.reason in _FULL]
     if not asked or (full and all(reason.reason in _FULL | _SKIPPED for reason in walk.reasons)):
         waits = [reason.retry_after_s for reason in walk.reasons if reason.retry_after_s is not None]
-        return Parked(min(waits, default=PARKED_S), new_walk=bool(full))
+        silent = any(reason.retry_after_s is None for reason in full)  # full, and did not say for how long
+        return Parked(PARKED_S if silent else min(waits, default=PARKED_S), new_walk=bool(full))
     if walk.remaining_s() <= LEAST_CALL_S:
         return OutOfTime()
     if walk.reasons and all(reason.reason in _HOPELESS for reason in walk.reasons):
