@@ -4,7 +4,7 @@
 
 The breaker is outermost: it is asked once a step and told once how the step ended, so a call that was retried and
 then answered counts as a success. Inside it stands the only retry loop of the system. What a reply means is
-`signals.POLICIES`, nothing else.
+`signals.POLICIES`; what a whole walk without an answer means is `_unanswered`.
 """
 
 from __future__ import annotations

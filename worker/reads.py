@@ -95,12 +95,6 @@ async def batch(db: AsyncEngine, name_or_id: str | UUID, tenant: str | None = No
     return BatchView(**rows[0]) if rows else None
 
 
-async def batches(db: AsyncEngine, tenant: str | None = None, limit: int = 100) -> list[BatchView]:
-    """Up to `limit` batches, newest first."""
-    sql = f"{_BATCH} WHERE true {_of('b', tenant)} ORDER BY created_at DESC, id DESC LIMIT :limit"
-    return [BatchView(**row) for row in await _rows(db, sql, tenant=tenant, limit=limit)]
-
-
 _RESULT = f"""
 SELECT j.id AS job_id, j.ordinal, j.custom_id, q.row, j.state, r.answer, j.error,
        (SELECT {_COST} FROM provider_calls c WHERE c.job_id = j.id) AS cost_usd

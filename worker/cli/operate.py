@@ -168,7 +168,7 @@ def keys_list(as_json: bool) -> None:
 @click.argument("which", metavar="ID|NAME")
 @json_option
 def keys_revoke(which: str, as_json: bool) -> None:
-    """The key is refused within seconds, for ever."""
+    """The key is refused from its next request on, for ever."""
 
     async def revoke(open_: Connections) -> None:
         key = await api_keys.revoke(open_.db, which)

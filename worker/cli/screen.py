@@ -76,14 +76,14 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> None:
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Aligned on a terminal; tab-separated with a header line in a pipe."""
     cells = [[_cell(value) for value in row] for row in rows]
     if not sys.stdout.isatty():
         for line in ([*columns], *cells):
             click.echo("\t".join(line))
         return
-    table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for position, name in enumerate(columns):
         numeric = bool(cells) and all(_is_number(row[position]) for row in cells)
         whole = bool(cells) and all(len(row[position]) == 36 for row in cells)  # ids are there to be copied
