@@ -673,6 +673,28 @@ def test_what_was_being_claimed_when_the_drain_began_is_released_without_a_call(
     asyncio.run(main())
 
 
+def test_what_postgres_would_not_take_until_the_end_of_a_drain_comes_back_to_be_kept(database_url, postgres, impatient, monkeypatch):
+    monkeypatch.setattr(attempt_module, "LAST_SETTLE_S", 0.2)
+
+    async def main() -> None:
+        gate = Gate()
+        async with bench(database_url, gate) as it:
+            (job_id,) = await it.jobs()
+            pack = asyncio.create_task(it.run([job_id]))
+            await it.providers["one"].asked.wait()
+            postgres.shut()
+            with structlog.testing.capture_logs() as logs:
+                gate.open.set()
+                await until(lambda: [entry for entry in logs if entry["event"] == "settle_waits"])
+                (left,) = await it.attempts.drain(0)
+            assert (left.job_id, left.state, left.answer.content) == (job_id, "succeeded", "hello")
+            postgres.open()
+            assert await pack == {"succeeded": 1}
+            assert await it.attempts.drain(0) == []
+
+    asyncio.run(main())
+
+
 def test_an_outcome_is_never_lost_between_chain_and_settlement(database_url):
     """The pack's states are those in the ledger, for every way a walk can end."""
 

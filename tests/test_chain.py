@@ -36,8 +36,8 @@ from worker.providers.provider import Reply
 from worker.resilience import breaker as breaker_module
 from worker.resilience.breaker import Breakers
 from worker.resilience.circuit import RULES
-from worker.signals import POLICIES, Next, Signal, Verdict
-from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
+from worker.signals import POLICIES, Billing, Next, Signal, Verdict
+from worker.walk import Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 
 FAILED = Signal.SERVER_ERROR
 SCHEMA = {"type": "object", "required": ["label"], "properties": {"label": {"type": "string"}}}
@@ -114,6 +114,7 @@ class Stage:
     may_call: Callable[[Claim], bool] = lambda _: True
     rng: Callable[[], float] = lambda: 0.0
     diary: list[tuple[Any, ...]] = field(default_factory=list)
+    on_unknown: str = "retry"
 
     def __post_init__(self) -> None:
         self.breakers.diary = self.diary
@@ -134,7 +135,7 @@ class Stage:
         return [None] * len(calls)
 
     async def run(self, walk: Walk) -> Outcome:
-        return await self.chain.answer(walk, ChainConfig(providers=tuple(self.script)))
+        return await self.chain.answer(walk, ChainConfig(providers=tuple(self.script), on_unknown=self.on_unknown))
 
     def said(self, kind: str) -> list[str]:
         return [entry[1] for entry in self.diary if entry[0] == kind]
@@ -785,3 +786,33 @@ def check_ending(stage: Stage, walk: Walk, outcome: Outcome, script: list[Part])
 
 def pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     return list(itertools.pairwise(items))
+
+
+# --- calls that may have been billed without an answer ---
+
+
+@pytest.mark.parametrize("signal", [signal for signal in Signal if POLICIES[signal].billing is Billing.UNKNOWN])
+def test_a_chain_that_parks_doubts_asks_nobody_after_a_call_that_may_have_been_billed(signal):
+    stage = Stage({"one": [failed(signal), answered()], "two": [answered()]}, on_unknown="park")
+    outcome, walk = walked(stage)
+    assert outcome == Doubtful()
+    assert stage.said("sent") == ["one"]
+    assert [call.billing for call in walk.calls] == [Billing.UNKNOWN]
+
+
+@pytest.mark.parametrize("outcome", ["orphaned", "cancelled", "timed_out"])
+def test_nor_after_an_attempt_that_left_one_behind(outcome):
+    asked = (Asked(provider="one", outcome=outcome, answer=None),)
+    for on_unknown, expected, sent in (("park", Doubtful(), []), ("retry", Answered(answered().answer), 1)):
+        stage = Stage({"one": [answered()], "two": [answered()]}, on_unknown=on_unknown)
+        assert walked(stage, asked=asked, fence=2)[0] == expected
+        assert len(stage.said("sent")) == (sent or 0)
+
+
+def test_but_uses_the_answer_of_one_that_came_late_and_goes_on_after_free_failures():
+    late = (Asked(provider="one", outcome="answered", answer=answered().answer), Asked(provider="two", outcome="orphaned", answer=None))
+    stage = Stage({"one": [answered()], "two": [answered()]}, on_unknown="park")
+    assert walked(stage, asked=late, fence=3)[0] == Answered(answered().answer)
+    stage = Stage({"one": [failed(Signal.OVERLOADED)], "two": [answered()]}, on_unknown="park")
+    assert walked(stage)[0] == Answered(answered().answer)
+    assert stage.said("sent") == ["one", "two"]

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.exceptions import RedisError
-from stage import HELLO, Mailbox, a_batch, a_job, a_worker, job, play, rows, take
+from stage import HELLO, Mailbox, a_batch, a_job, a_worker, answered, ending, job, play, rows, take
 
-from worker.dispatch import EPOCH_KEY, LOOKS, Dispatcher, queue_name, shares, withdraw
+from worker.dispatch import EPOCH_KEY, LOOKS, SUSPECTS, Dispatcher, queue_name, shares, withdraw
 from worker.job import Lane
+from worker.ledger import settle
+from worker.rescue import MAX_DEATHS, rescue
 from worker.submit import NewJob, submit
 from worker.wiring import redis_client
 
@@ -128,6 +130,61 @@ def test_what_is_due_first_is_published_first_and_what_is_not_due_not_at_all(dat
         async with a_leader(db, redis_url, mailbox) as leader:
             assert await leader.tick() == 4
         assert [pack for _, _, pack in mailbox.messages] == [[ids[5]], [ids[3]], [ids[1]], [ids[0]]]
+
+    play(database_url, story)
+
+
+async def _in_flight(db):
+    sql = "SELECT deaths, count(*) AS n FROM jobs WHERE state = 'running' OR dispatched_at IS NOT NULL GROUP BY deaths ORDER BY deaths"
+    return {row.deaths: row.n for row in await rows(db, sql)}
+
+
+def test_of_jobs_over_which_workers_died_few_are_in_flight_and_of_the_worst_one(database_url, redis_url):
+    async def story(db):
+        _, ids = await a_batch(db, 60)
+        for deaths, some in {1: ids[:15], 2: ids[15:30], 3: ids[30:45]}.items():
+            await rows(db, "UPDATE jobs SET deaths = :deaths WHERE id = ANY(:ids)", deaths=deaths, ids=some)
+        await a_worker(db, slots=100)
+        mailbox = Mailbox()
+        async with a_leader(db, redis_url, mailbox) as leader:
+            assert await leader.tick() == 15 + 15 + SUSPECTS + 1
+            assert await _in_flight(db) == {0: 15, 1: 15, 2: SUSPECTS, 3: 1}
+            claims = await take(db, [job_id for _, _, packed in mailbox.messages for job_id in packed])
+            assert await leader.tick() == 0  # those that run keep their places
+            suspects = [claimed for claimed in claims if claimed.job_id in ids[15:]]
+            await settle(db, [ending(claimed) for claimed in suspects[1:]])
+            await leader.tick()
+            assert await _in_flight(db) == {1: 15, 2: 1 + 15 - SUSPECTS, 3: 1}
+
+    play(database_url, story)
+
+
+def test_one_job_that_kills_every_worker_ends_alone(database_url, redis_url):
+    """A fleet of workers that hold all there is; whoever holds the poison dies. The others' jobs are all answered."""
+
+    async def story(db):
+        _, ids = await a_batch(db, 80)
+        poison, mailbox, funerals = ids[37], Mailbox(), 0
+        async with a_leader(db, redis_url, mailbox) as leader, db.connect() as mender:
+            while (await job(db, poison)).state != "failed":
+                worker = await a_worker(db, slots=40)
+                await leader.tick()
+                claims = await take(db, [job_id for _, _, packed in mailbox.messages for job_id in packed], worker)
+                mailbox.messages.clear()
+                if poison in [claimed.job_id for claimed in claims]:
+                    funerals += 1
+                    await rows(db, "UPDATE workers SET state = 'dead' WHERE id = :id", id=worker)
+                    await rescue(mender)
+                else:
+                    assert claims
+                    assert all(await settle(db, [answered(claimed) for claimed in claims]))
+            assert (await job(db, poison)).error["code"] == "worker_died"
+            assert funerals == MAX_DEATHS
+            while await leader.tick():
+                claims = await take(db, [job_id for _, _, packed in mailbox.messages for job_id in packed])
+                mailbox.messages.clear()
+                assert all(await settle(db, [answered(claimed) for claimed in claims]))
+        assert [row.id for row in await rows(db, "SELECT id FROM jobs WHERE state <> 'succeeded'")] == [poison]
 
     play(database_url, story)
 

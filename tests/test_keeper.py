@@ -136,20 +136,25 @@ def test_of_two_keepers_one_leads_and_the_other_follows_when_its_connection_is_c
     play(database_url, story)
 
 
-async def silent_and_speaking(db):
-    """The jobs of a worker that was last seen an hour ago, and of one that will have been seen for another hour."""
-    silent, speaking = await a_worker(db), await a_worker(db)
+async def held_by_two(db):
+    """Two workers, and the job that each of them holds."""
+    workers = await a_worker(db), await a_worker(db)
     ids = [await a_job(db), await a_job(db)]
-    await take(db, ids[:1], silent)
-    await take(db, ids[1:], speaking)
-    await rows(db, "UPDATE workers SET seen_at = now() - interval '1 hour' WHERE id = :id", id=silent)
-    await rows(db, "UPDATE workers SET seen_at = now() + interval '1 hour' WHERE id = :id", id=speaking)
-    return ids, {silent: "dead", speaking: "live"}
+    for job_id, worker in zip(ids, workers, strict=True):
+        await take(db, [job_id], worker)
+    return ids, workers
 
 
-def test_a_new_leader_mends_at_once_but_rescues_nobody_before_a_ttl_has_passed(database_url, redis_url):
+async def speaking(db, worker):
+    while True:
+        await rows(db, "UPDATE workers SET seen_at = clock_timestamp() WHERE id = :id", id=worker)
+        await asyncio.sleep(0.02)
+
+
+def test_a_leader_mends_at_once_but_takes_nobody_for_dead_whose_heartbeat_is_only_old(database_url, redis_url):
     async def story(db):
-        ids, _ = await silent_and_speaking(db)
+        ids, _ = await held_by_two(db)
+        await rows(db, "UPDATE workers SET seen_at = now() - interval '1 hour'")
         async with a_keeper(database_url, redis_url, heartbeat_ttl_s=60) as keeper, at_work(keeper.lead()):
             for _ in range(2):
                 late = await a_job(db)
@@ -160,14 +165,26 @@ def test_a_new_leader_mends_at_once_but_rescues_nobody_before_a_ttl_has_passed(d
     play(database_url, story)
 
 
-def test_a_leader_declares_dead_who_was_silent_for_a_ttl_and_rescues_its_jobs(database_url, redis_url):
+def test_a_leader_declares_dead_who_is_silent_for_a_ttl_and_rescues_its_jobs(database_url, redis_url):
     async def story(db):
-        ids, states = await silent_and_speaking(db)
-        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=0.1) as keeper, at_work(keeper.lead()):
+        ids, (silent, heard) = await held_by_two(db)
+        await rows(db, "UPDATE workers SET seen_at = now() + interval '1 hour' WHERE id = :id", id=silent)  # a clock that jumped
+        async with a_keeper(database_url, redis_url, heartbeat_ttl_s=2) as keeper, at_work(keeper.lead(), speaking(db, heard)):
             await until(db, "SELECT FROM jobs WHERE id = :id AND state = 'queued'", id=ids[0])
             assert (await job(db, ids[1])).state == "running"
             known = {row.id: row.state for row in await rows(db, "SELECT id, state FROM workers")}
-            assert states.items() <= known.items()
+            assert (known[silent], known[heard]) == ("dead", "live")
+
+    play(database_url, story)
+
+
+def test_a_leader_whose_connection_gives_no_sign_of_life_loses_its_lock(database_url, redis_url):
+    async def story(db):
+        async with db.connect() as frozen, a_keeper(database_url, redis_url, heartbeat_ttl_s=0.3) as keeper:
+            pid = (await rows(frozen, "SELECT pg_backend_pid() AS pid FROM pg_advisory_lock(:lock)", lock=LEADER_LOCK))[0].pid
+            async with at_work(keeper.lead()):
+                assert await leader_pid(db, other_than=pid) != pid
+            await frozen.invalidate()
 
     play(database_url, story)
 

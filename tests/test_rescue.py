@@ -6,8 +6,7 @@ from stage import a_batch, a_call, a_job, a_worker, batch, calls, counters_are_e
 from worker.intervene import cancel
 from worker.job import JobState
 from worker.ledger import settle
-from worker.rescue import DEATH_COSTS, expire, release, rescue
-from worker.settlement import MAX_ATTEMPTS
+from worker.rescue import MAX_DEATHS, expire, release, rescue
 from worker.signals import Signal
 
 
@@ -52,15 +51,25 @@ def test_a_closed_call_of_a_dead_worker_stays_as_it_was_booked(database_url):
 def test_a_job_that_kills_its_workers_is_given_up(database_url):
     async def story(db):
         opened, (job_id,) = await a_batch(db, 1)
-        deaths = 0
-        while (await job(db, job_id)).state == "queued":
+        for deaths in range(MAX_DEATHS):
+            assert (await job(db, job_id)).state == "queued"
             await lost(db, [job_id], "dead")
             assert await by_the_leader(db, rescue) == [job_id]
-            deaths += 1
+            assert (await job(db, job_id)).deaths == deaths + 1
         stored = await job(db, job_id)
-        assert (stored.state, stored.error["code"], deaths) == ("failed", "worker_died", -(-MAX_ATTEMPTS // DEATH_COSTS))
+        assert (stored.state, stored.error["code"], stored.attempts) == ("failed", "worker_died", 0)
         assert (await batch(db, opened.id)).state == "finished"
         await counters_are_exact(db)
+
+    play(database_url, story)
+
+
+def test_a_job_that_was_left_behind_by_a_worker_that_retired_is_no_suspect(database_url):
+    async def story(db):
+        job_id = await a_job(db)
+        await lost(db, [job_id], "gone")
+        assert await by_the_leader(db, rescue) == [job_id]
+        assert (await job(db, job_id)).deaths == 0
 
     play(database_url, story)
 

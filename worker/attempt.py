@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.calls import Call
@@ -76,6 +76,7 @@ class Attempts:
         self.waiting: set[UUID] = set()  # deliveries that wait for slots
         self.draining = False
         self._claiming: set[UUID] = set()
+        self._unsettled: dict[UUID, Settlement] = {}
         self._packs: set[asyncio.Task[Mapping[str, int]]] = set()
 
     def holds(self, job_id: UUID) -> bool:
@@ -89,8 +90,11 @@ class Attempts:
         pack.add_done_callback(self._packs.discard)
         return await pack
 
-    async def drain(self, grace_s: float) -> None:
-        """Nothing is claimed any more, and nothing runs: what did had `grace_s` seconds to end, then it was released."""
+    async def drain(self, grace_s: float) -> list[Settlement]:
+        """Nothing is claimed any more, and nothing runs: what did had `grace_s` seconds to end, then it was released.
+
+        What comes back is what Postgres would not take, LAST_SETTLE_S later.
+        """
         self.draining = True
         if self._packs:
             await asyncio.wait(self._packs, timeout=grace_s)
@@ -98,8 +102,7 @@ class Attempts:
             held.stop(Released())
         if self._packs:
             await asyncio.wait(self._packs, timeout=LAST_SETTLE_S)
-        if self._packs:
-            log.critical("settles_given_up", packs=len(self._packs))
+        return list(self._unsettled.values())
 
     async def _run_pack(self, delivery_id: UUID, job_ids: Sequence[UUID], slots: Slots) -> Mapping[str, int]:
         self.waiting.add(delivery_id)
@@ -165,7 +168,11 @@ class Attempts:
             held.walking = False
 
     async def _settled(self, settlement: Settlement) -> JobState:
-        if not await self._settle.ask(settlement):
+        self._unsettled[settlement.job_id] = settlement
+        held = await self._settle.ask(settlement)
+        if self._unsettled.get(settlement.job_id) is settlement:
+            del self._unsettled[settlement.job_id]
+        if not held:
             log.info("settle_refused", job_id=str(settlement.job_id), fence=settlement.fence)
             return JobState.QUEUED
         if settlement.lane is Lane.INTERACTIVE and settlement.state is not JobState.QUEUED:
@@ -192,7 +199,7 @@ class Attempts:
 
 def _will_pass(error: Exception) -> bool:
     """Whether Postgres is away or out of sorts; otherwise it will never take what it was given."""
-    if isinstance(error, DataError | IntegrityError | ProgrammingError):
+    if isinstance(error, DataError | IntegrityError):
         return False
     too_complex = str(getattr(getattr(error, "orig", None), "sqlstate", None)).startswith("54")
     return isinstance(error, SQLAlchemyError) and not too_complex

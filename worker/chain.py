@@ -32,7 +32,7 @@ from worker.resilience.backoff import delay_s
 from worker.resilience.breaker import Admission, Breakers, BreakerState
 from worker.signals import POLICIES, Next, Signal, Verdict
 from worker.validation import fits, usable
-from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Reason, Refused, Walk
+from worker.walk import Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Reason, Refused, Walk
 
 FAILOVER_S = 0.4  # a failing provider may cost a job 500 ms before the next one is asked; the rest is for a busy loop
 RESERVE_S = 2.0  # kept for each provider that has not been asked yet
@@ -95,10 +95,13 @@ class Chain:
                 return Refused(Signal(asked.outcome))
         if not usable(walk.claim.request):
             return Refused(Signal.INVALID_REQUEST)
+        walk.asks_twice = route.on_unknown == "retry"
         stations = list(self._untried(walk, route))
         for position, station in enumerate(stations):
             if walk.remaining_s() <= LEAST_CALL_S:
                 return OutOfTime()
+            if walk.in_doubt():
+                return Doubtful()
             if not self._may_call(walk.claim):
                 return Parked(PARKED_S)
             if not _window_fits(walk, station, self._stations):
@@ -113,7 +116,7 @@ class Chain:
                 return Answered(reply.answer)
             if reply.signal in _FINAL:
                 return Refused(reply.signal)
-        return _unanswered(walk)
+        return Doubtful() if walk.in_doubt() else _unanswered(walk)
 
     def _untried(self, walk: Walk, route: ChainConfig) -> Iterator[Station]:
         done = {asked.provider: asked.outcome for asked in walk.claim.asked if asked.outcome not in _INTERRUPTED}
@@ -148,7 +151,7 @@ class Chain:
         reply = await self._call(walk, station, untried)
         retries = 0 if admission.probe else station.config.max_retries
         for retry in range(1, retries + 1):
-            if reply is None or not POLICIES[reply.signal].retry:
+            if reply is None or not POLICIES[reply.signal].retry or walk.in_doubt():
                 break
             if untried and reply.signal is Signal.UNREACHABLE:
                 break  # who cannot be reached now will not be in a moment

@@ -79,9 +79,15 @@ class ProviderConfig(_Section):
 
 
 class ChainConfig(_Section):
+    """`on_unknown`: what becomes of a job when a call may have been answered and billed although no answer came.
+
+    "retry" asks on and may pay twice; "park" ends the job as failed, for a person to look at and requeue.
+    """
+
     providers: tuple[Name, ...] = Field(min_length=1)
     strategy: Literal["ordered", "hedge", "race"] = "ordered"
     degrade: tuple[Literal["smaller", "cache", "static", "park"], ...] = ()
+    on_unknown: Literal["retry", "park"] = "retry"
 
     @field_validator("providers")
     @classmethod

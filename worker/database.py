@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -21,6 +21,20 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from worker.errors import Unreachable, UsageError
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+STATEMENT_S = 15.0  # a server that is silent for so long is taken for gone; whatever is sent may be sent again
+
+Value = TypeVar("Value")
+
+
+# A host that vanished without a word is noticed by the kernel, in 10 s.
+_CONNECTION: Mapping[str, Any] = {
+    "connect_timeout": 5,
+    "application_name": "backstop",
+    "keepalives_idle": 4,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
 
 
 def driver_url(url: str) -> str:
@@ -48,21 +62,53 @@ def engine(url: str, *, pooled: bool = True) -> AsyncEngine:
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,  # nothing stands open when a connection is given back
         hide_parameters=True,  # prompts stay out of errors
-        connect_args={"connect_timeout": 5, "application_name": "backstop"},
+        connect_args=_CONNECTION,
         **pool,
     )
 
 
 async def run(db: AsyncEngine, statement: TextClause, *, tries: int = 3, **values: Any) -> list[Any]:
-    """All rows of the statement, which Postgres has committed. Undone to end a deadlock, it is tried again. Raises DBAPIError."""
+    """All rows of the statement, which Postgres has committed. Undone to end a deadlock, it is tried again.
+
+    Raises DBAPIError, also when Postgres is silent for STATEMENT_S: then it may have been committed all the same.
+    """
     try:
-        async with db.connect() as connection:
-            result = await connection.execute(statement, values)
-            return list(result) if result.returns_rows else []
+        return await promptly(_rows(db, statement, values), STATEMENT_S)
     except OperationalError as error:
         if tries == 1 or not isinstance(error.orig, DeadlockDetected):
             raise
     return await run(db, statement, tries=tries - 1, **values)
+
+
+async def _rows(db: AsyncEngine, statement: TextClause, values: Mapping[str, Any]) -> list[Any]:
+    async with db.connect() as connection:
+        result = await connection.execute(statement, values)
+        return list(result) if result.returns_rows else []
+
+
+async def promptly(work: Coroutine[Any, Any, Value], limit_s: float) -> Value:
+    """What `work` returns, or OperationalError when it takes longer.
+
+    Its end is not waited for then: the driver spends up to 10 s more on asking a silent server to stop.
+    """
+    task = asyncio.create_task(work)
+    task.add_done_callback(_heed)
+    try:
+        await asyncio.wait({task}, timeout=limit_s)
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.wait({task})  # its connection is given back before the loop may end
+        raise
+    if task.done():
+        return task.result()
+    task.cancel()
+    raise OperationalError(None, None, TimeoutError(f"no reply within {limit_s:.0f} s"))
+
+
+def _heed(task: asyncio.Task[Any]) -> None:
+    """Nobody else looks at what is left behind."""
+    if not task.cancelled():
+        task.exception()
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -30,6 +30,7 @@ EPOCH_KEY = "backstop:epoch"
 INTERACTIVE_WINDOW = 1_000  # interactive jobs published and not yet claimed; most never pass through here
 LOST_AFTER_S = 3.0  # published for so long while the queue is empty and no worker holds the message
 LOOKS = 2  # empty so often in a row
+SUSPECTS = 10  # jobs over which two workers died that are in flight at once, in all; over which more died: one
 
 
 def queue_name(lane: Lane) -> str:
@@ -80,7 +81,8 @@ class Dispatcher:
         published = 0
         for lane, free in (await self._free()).items():
             if free > 0:
-                published += await self._fill(lane, free)
+                suspects = [row.id for row in await self._db.execute(_SUSPECTS, {"suspects": SUSPECTS})]
+                published += await self._fill(lane, free, suspects)
         if time.monotonic() - self._looked_s >= 1:
             await self.look_for_losses()
             self._looked_s = time.monotonic()
@@ -108,8 +110,8 @@ class Dispatcher:
             free[lane] = room - room % self._pack_size[lane]  # full packs, while there is enough to fill them
         return free
 
-    async def _fill(self, lane: Lane, free: int) -> int:
-        waiting = list(await self._db.execute(_READY, {"lane": lane.value, "most": free}))
+    async def _fill(self, lane: Lane, free: int, suspects: Sequence[UUID]) -> int:
+        waiting = list(await self._db.execute(_READY, {"lane": lane.value, "most": free, "suspects": suspects}))
         if not waiting:
             return 0
         ready, weights = {row.id: row.ready for row in waiting}, {row.id: row.weight for row in waiting}
@@ -118,6 +120,7 @@ class Dispatcher:
             _PICK,
             {
                 "lane": lane.value,
+                "suspects": suspects,
                 "batches": [batch for batch in given if batch],
                 "quotas": [count for batch, count in given.items() if batch],
                 "loose": given.get(None, 0),
@@ -163,7 +166,17 @@ FROM lanes l ORDER BY l.name DESC
 """)
 
 # What has missed its deadline is left to `expire`: in the window it would only keep others out.
-_IS_READY = "j.lane = :lane AND j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now() AND j.deadline_at > now()"
+_IS_DUE = "j.state = 'queued' AND j.dispatched_at IS NULL AND j.run_at <= now() AND j.deadline_at > now()"
+_IS_READY = f"j.lane = :lane AND {_IS_DUE} AND (j.deaths < 2 OR j.id = ANY(CAST(:suspects AS uuid[])))"
+
+# Places are for those in flight, then for those whose turn it is.
+_SUSPECTS = text(f"""
+WITH place AS (
+    SELECT j.id, j.deaths, {_IS_DUE} AS due, row_number() OVER (PARTITION BY j.deaths = 2 ORDER BY {_IS_DUE}, j.run_at, j.id) AS n
+    FROM jobs j WHERE j.deaths > 1 AND (j.state = 'running' OR j.state = 'queued' AND (j.dispatched_at IS NOT NULL OR {_IS_DUE}))
+)
+SELECT id FROM place WHERE due AND n <= CASE WHEN deaths = 2 THEN :suspects ELSE 1 END
+""")
 
 _READY = text(f"""
 SELECT b.id, b.weight, few.ready FROM batches b CROSS JOIN LATERAL (

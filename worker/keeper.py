@@ -18,10 +18,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker.attempt import Attempts
+from worker.database import STATEMENT_S, promptly
+from worker.deathwatch import DeathWatch
 from worker.dispatch import Dispatcher, Publish
 from worker.events import origin
 from worker.job import Lane, new_id
 from worker.ledger import Claim
+from worker.loop import cancel_surely
 from worker.rescue import expire, release, rescue
 from worker.settings import Settings
 from worker.settlement import Cancelled
@@ -32,6 +35,9 @@ LEADER_LOCK = 0x6C656164  # "lead"
 FENCE_MARGIN_S = 3.0  # this much before others may hold us dead, no new call is made
 BUSY_TICK_S = 0.03
 IDLE_TICK_S = 0.15
+MEND_S = 0.5
+FOLLOW_S = 0.5  # between looks at whether somebody leads
+TICK_LIMIT_S = 30.0  # Redis may take 10 s to say that it does not answer
 
 
 class Keeper:
@@ -96,7 +102,7 @@ class Keeper:
     async def _beat_once(self, connection: AsyncConnection, attempts: Attempts) -> None:
         state = "draining" if attempts.draining else "live"
         values = {"id": self.worker_id, "waiting": list(attempts.waiting), "state": state}
-        rows = list(await connection.execute(_BEAT, values))
+        rows = list(await promptly(connection.execute(_BEAT, values), self._settings.heartbeat_ttl_s / 3))
         if not rows:
             log.warning("declared_dead", worker_id=str(self.worker_id))
             await self.register()
@@ -117,23 +123,37 @@ class Keeper:
         self._strays = strays
 
     async def lead(self) -> None:
-        """For ever: waits to become the leader, then dispatches and rescues until its connection breaks."""
+        """For ever: waits to become the leader, then dispatches and rescues until a connection breaks."""
         while True:
             try:
                 async with self._db.connect() as connection:
                     while True:
-                        if (await connection.execute(_LEAD, {"lock": LEADER_LOCK})).scalar_one():
+                        if await self._leads(connection):
                             await self._reign(connection)
-                        await asyncio.sleep(1)
+                        await asyncio.sleep(FOLLOW_S)
             except DBAPIError as error:
                 log.warning("leadership_lost", error=type(error.orig).__name__)
             except Exception as error:  # nor leave the fleet without a leader
                 log.error("leadership_lost", error=type(error).__name__, origin=origin(error))
-            await asyncio.sleep(1)
+            await asyncio.sleep(FOLLOW_S)
+
+    async def _leads(self, connection: AsyncConnection) -> bool:
+        """Whether the lock is this connection's. A leader that holds it without a sign of life loses it."""
+        values = {"lock": LEADER_LOCK, "ttl_s": self._settings.heartbeat_ttl_s}
+        leads: bool = (await promptly(connection.execute(_LEAD, values), STATEMENT_S)).scalar_one()
+        return leads
 
     async def _reign(self, connection: AsyncConnection) -> None:
-        """For as long as the connection lives, and the lock with it."""
+        """Until a connection breaks. The one that holds the lock mends, twice a second, so everybody sees that the leader lives."""
         log.info("leading", worker_id=str(self.worker_id))
+        async with self._db.connect() as other:
+            loops = [asyncio.create_task(self._mend(connection)), asyncio.create_task(self._dispatch(other))]
+            try:
+                await asyncio.gather(*loops)
+            finally:
+                await cancel_surely(loops)
+
+    async def _dispatch(self, connection: AsyncConnection) -> None:
         settings = self._settings
         dispatcher = Dispatcher(
             connection,
@@ -142,28 +162,30 @@ class Keeper:
             pack_size=min(settings.pack_size, settings.bulk_slots),
             dispatch_ttl_s=settings.dispatch_ttl_s,
         )
-        # After an outage of Postgres every heartbeat is old: whoever lives gets one TTL to say so.
-        rescue_from_s = time.monotonic() + settings.heartbeat_ttl_s
-        mended_s = 0.0
         while True:
-            if time.monotonic() - mended_s >= 1:
-                mended_s = time.monotonic()
-                await self._mend(connection, rescuing=mended_s >= rescue_from_s)
             try:
-                busy = await dispatcher.tick() > 0
+                busy = await promptly(dispatcher.tick(), TICK_LIMIT_S) > 0
             except RedisError as error:
                 log.warning("dispatch_waits", error=type(error).__name__)
                 await asyncio.sleep(1)
                 continue
             await asyncio.sleep(BUSY_TICK_S if busy else IDLE_TICK_S)
 
-    async def _mend(self, connection: AsyncConnection, *, rescuing: bool) -> None:
+    async def _mend(self, connection: AsyncConnection) -> None:
+        watch = DeathWatch(self._settings.heartbeat_ttl_s)
+        while True:
+            await promptly(self._mend_once(connection, watch), STATEMENT_S)
+            await asyncio.sleep(min(MEND_S, self._settings.heartbeat_ttl_s / 6))
+
+    async def _mend_once(self, connection: AsyncConnection, watch: DeathWatch) -> None:
         expired = await expire(connection)
         if expired:
             log.info("expired", jobs=len(expired))
-        if not rescuing:
-            return
-        await connection.execute(_BURY, {"ttl_s": self._settings.heartbeat_ttl_s})
+        heartbeats = {row.id: row.seen_at for row in await connection.execute(_HEARTBEATS)}
+        dead = watch.look(heartbeats, time.monotonic())
+        if dead:
+            await connection.execute(_BURY, {"ids": list(dead), "beats": list(dead.values())})
+            log.warning("workers_died", workers=[str(worker) for worker in dead])
         rescued = await rescue(connection)
         if rescued:
             log.warning("rescued", jobs=len(rescued))
@@ -183,9 +205,20 @@ WITH me AS (
 SELECT j.id AS job_id, j.fence, j.cancel_requested FROM me LEFT JOIN jobs j ON j.worker_id = me.id AND j.state = 'running'
 """)
 
-_LEAD = text("SELECT pg_try_advisory_lock(:lock)")
+# A process that was frozen, or whose host is cut off, keeps its lock for as long as its connection stands. A leader's never is
+# idle for long; the database's clock is good enough to tell, because losing the lock is harmless.
+_LEAD = text("""
+WITH unseated AS (
+    SELECT pg_terminate_backend(l.pid) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'advisory' AND l.objid = :lock AND l.granted AND a.datname = current_database() AND a.pid <> pg_backend_pid()
+        AND a.state = 'idle' AND a.state_change < clock_timestamp() - make_interval(secs => :ttl_s)
+)
+SELECT pg_try_advisory_lock(:lock) FROM (SELECT count(*) FROM unseated) AS first
+""")
+
+_HEARTBEATS = text("SELECT id, seen_at FROM workers WHERE state IN ('live', 'draining')")
 
 _BURY = text("""
-UPDATE workers SET state = 'dead', waiting = '{}'
-WHERE state IN ('live', 'draining') AND seen_at < now() - make_interval(secs => :ttl_s)
+UPDATE workers w SET state = 'dead', waiting = '{}' FROM unnest(CAST(:ids AS uuid[]), CAST(:beats AS timestamptz[])) AS d(id, beat)
+WHERE w.id = d.id AND w.seen_at = d.beat AND w.state IN ('live', 'draining')
 """)

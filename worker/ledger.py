@@ -254,23 +254,31 @@ async def settle(db: AsyncEngine, settlements: Sequence[Settlement], *, again: b
     A late one is refused: its job stays as it is, its calls are booked all the same, and a paid answer is kept with its call for
     the next attempt to find. `again` says that an earlier try may have been committed although no reply came.
     """
-    calls = [(settlement, call) for settlement in settlements for call in settlement.calls]
+    return await settle_documents(db, [document(settlement) for settlement in settlements], again=again)
+
+
+async def settle_documents(db: AsyncEngine, documents: Sequence[Mapping[str, Any]], *, again: bool) -> list[bool]:
+    """Like `settle`, from what `document` made of them."""
+    endings = [one["ending"] for one in documents]
+    calls = [call for one in documents for call in one["calls"]]
     rows = await run(
         db,
         _SETTLE,
         again=again,
-        ids=[s.job_id for s in settlements],
-        endings=jsonb([_ending(s) for s in settlements]),
-        unsent=[call_id for s in settlements for call_id in s.unsent],
-        call_ids=[call.id for _, call in calls],
-        calls=jsonb([_booking(s, call) for s, call in calls]),
+        ids=[UUID(ending["id"]) for ending in endings],
+        endings=jsonb(endings),
+        unsent=[UUID(call_id) for one in documents for call_id in one["unsent"]],
+        call_ids=[UUID(call["id"]) for call in calls],
+        calls=jsonb(calls),
     )
-    ours = {(row.id, row.fence) for row in rows}
-    return [(settlement.job_id, settlement.fence) in ours for settlement in settlements]
+    ours = {(str(row.id), row.fence) for row in rows}
+    return [(ending["id"], ending["fence"]) in ours for ending in endings]
 
 
-def _ending(s: Settlement) -> dict[str, Any]:
-    return {
+def document(settlement: Settlement) -> dict[str, Any]:
+    """A settlement as JSON: how its job ends, the bookings of its calls, the rows of calls that were never made."""
+    s = settlement
+    ending = {
         "id": str(s.job_id),
         "fence": s.fence,
         "state": s.state.value,
@@ -280,6 +288,7 @@ def _ending(s: Settlement) -> dict[str, Any]:
         "counted": int(s.counted),
         "new_walk": s.new_walk,
     }
+    return {"ending": ending, "calls": [_booking(s, call) for call in s.calls], "unsent": [str(call_id) for call_id in s.unsent]}
 
 
 def _booking(s: Settlement, call: Call) -> dict[str, Any]:

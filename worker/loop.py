@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+
+LOOK_S = 1.0
 
 Value = TypeVar("Value")
 
@@ -28,6 +32,7 @@ class LoopThread:
         self._loop = factory()
         self._thread = threading.Thread(target=self._run, name="backstop-loop", daemon=True)
         self._thread.start()
+        self._ending = threading.Event()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -37,8 +42,31 @@ class LoopThread:
         """The coroutine runs on the loop; its future may be waited for in any other thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
+    def watch(self, limit_s: float, blocked: Callable[[str], None]) -> None:
+        """From now on: once the loop has been held up for `limit_s`, another thread calls `blocked` with the place where it stands."""
+        threading.Thread(target=self._watch, args=(limit_s, blocked), name="backstop-watch", daemon=True).start()
+
+    def _watch(self, limit_s: float, blocked: Callable[[str], None]) -> None:
+        # Told by looks and not by a clock: a process that was frozen for an hour has a loop that is well.
+        held_up_s = 0.0
+        while not self._ending.wait(LOOK_S):
+            held_up_s = 0.0 if self._passes() else held_up_s + LOOK_S
+            if held_up_s >= limit_s:
+                blocked(self._place())
+                return
+
+    def _passes(self) -> bool:
+        passed = threading.Event()
+        self._loop.call_soon_threadsafe(passed.set)
+        return passed.wait(LOOK_S)
+
+    def _place(self) -> str:
+        frames = traceback.extract_stack(sys._current_frames()[self._thread.ident or 0])[-3:]
+        return " > ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in frames)
+
     def stop(self) -> None:
         """The loop has ended. What was still running on it has been cancelled."""
+        self._ending.set()
         self.submit(_cancel_others()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

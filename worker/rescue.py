@@ -9,10 +9,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from worker.ledger import COUNTED
-from worker.settlement import MAX_ATTEMPTS
 
-# A worker that died over a job costs it so many of its attempts: a poison job must not take the fleet along.
-DEATH_COSTS = 3
+# So many workers have died holding a job, and it is given up. Most were innocent, held beside the one that kills; who has been there
+# twice is a suspect, and `dispatch` lets fewer of those run at once, until the guilty one dies alone.
+MAX_DEATHS = 4
 
 _EXPIRE = text(f"""
 WITH target AS (
@@ -33,17 +33,15 @@ async def expire(db: AsyncConnection, *, most: int = 10_000) -> list[UUID]:
 
 _RESCUE = text(f"""
 WITH target AS (
-    SELECT j.id, j.fence, j.worker_id FROM jobs j JOIN workers w ON w.id = j.worker_id
+    SELECT j.id, j.fence, j.worker_id, j.deaths + (w.state = 'dead')::int AS deaths FROM jobs j JOIN workers w ON w.id = j.worker_id
     WHERE j.state = 'running' AND w.state IN ('dead', 'gone') ORDER BY j.id LIMIT :most FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET
-        state = CASE WHEN j.cancel_requested THEN 'cancelled'
-            WHEN j.attempts + :death_costs >= :max_attempts THEN 'failed' ELSE 'queued' END,
-        finished_at = CASE WHEN j.cancel_requested OR j.attempts + :death_costs >= :max_attempts THEN now() END,
-        error = CASE WHEN NOT j.cancel_requested AND j.attempts + :death_costs >= :max_attempts THEN jsonb_build_object(
-            'code', 'worker_died', 'message', format('worker after worker died over it, or it went unanswered, until fence %s', j.fence),
-            'providers', '[]'::jsonb) END,
-        attempts = j.attempts + :death_costs, worker_id = NULL, dispatched_at = NULL, run_at = now()
+        state = CASE WHEN j.cancel_requested THEN 'cancelled' WHEN t.deaths >= :max_deaths THEN 'failed' ELSE 'queued' END,
+        finished_at = CASE WHEN j.cancel_requested OR t.deaths >= :max_deaths THEN now() END,
+        error = CASE WHEN NOT j.cancel_requested AND t.deaths >= :max_deaths THEN jsonb_build_object(
+            'code', 'worker_died', 'message', format('%s workers died while they held it', t.deaths), 'providers', '[]'::jsonb) END,
+        deaths = t.deaths, worker_id = NULL, dispatched_at = NULL, run_at = now()
     FROM target t WHERE j.id = t.id AND j.fence = t.fence AND j.state = 'running' AND j.worker_id = t.worker_id
     RETURNING j.id, j.batch_id, j.state
 ), orphaned AS (
@@ -55,8 +53,8 @@ SELECT id, state FROM moved
 
 
 async def rescue(db: AsyncConnection, *, most: int = 1_000) -> list[UUID]:
-    """Jobs held by workers that are dead are queued again, their open calls booked as orphaned, billing unknown."""
-    return [row.id for row in await db.execute(_RESCUE, {"most": most, "max_attempts": MAX_ATTEMPTS, "death_costs": DEATH_COSTS})]
+    """Jobs held by workers that are dead, or left without them, are queued again, their open calls booked as orphaned, billing unknown."""
+    return [row.id for row in await db.execute(_RESCUE, {"most": most, "max_deaths": MAX_DEATHS})]
 
 
 _RELEASE = text(f"""

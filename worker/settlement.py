@@ -10,7 +10,7 @@ from typing import Any, assert_never
 from worker.job import JobState
 from worker.ledger import Settlement
 from worker.resilience.backoff import delay_s
-from worker.walk import Answered, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
+from worker.walk import Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 
 MAX_ATTEMPTS = 10  # ended without an answer so often, a job is given up
 AGAIN_BASE_S = 2.0
@@ -39,6 +39,9 @@ def decide(outcome: Outcome | Cancelled | Released, walk: Walk, *, rng: Callable
             return _settlement(walk, JobState.SUCCEEDED, answer=answer)
         case Refused(signal):
             return _settlement(walk, JobState.FAILED, error=_error(walk, signal.value, "no provider may answer it"))
+        case Doubtful():
+            error = _error(walk, "billing_unknown", "a call may have been answered and billed; requeue it to ask again")
+            return _settlement(walk, JobState.FAILED, error=error)
         case OutOfTime():
             return _settlement(walk, JobState.EXPIRED, error=_error(walk, "deadline", "the deadline passed first"))
         case Exhausted() if walk.claim.attempts + 1 >= MAX_ATTEMPTS:

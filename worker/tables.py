@@ -88,6 +88,7 @@ jobs = Table(
     Column("fence", BigInteger, nullable=False, server_default="0"),  # raised by each claim; guards every write
     Column("walk_fence", BigInteger, nullable=False, server_default="1"),  # calls from it on belong to the present walk of the chain
     Column("attempts", SmallInteger, nullable=False, server_default="0"),  # ended without an answer although a provider could be asked
+    Column("deaths", SmallInteger, nullable=False, server_default="0"),  # workers that died while they held it
     Column("worker_id", Uuid),  # running: who holds it
     Column("delivery_id", Uuid),  # Celery message that carried it last; its task id
     Column("dispatched_at", _Time),  # queued: when it was published; NULL is ready to be
@@ -113,6 +114,7 @@ jobs = Table(
         "ix_jobs_published", "lane", "dispatched_at", postgresql_where=text("state = 'queued' AND dispatched_at IS NOT NULL")
     ),
     Index("ix_jobs_running", "worker_id", "lane", postgresql_where=text("state = 'running'")),  # rescue, window
+    Index("ix_jobs_suspects", "deaths", postgresql_where=text("deaths > 1 AND state IN ('queued', 'running')")),  # dispatch
     Index("ix_jobs_deadline", "deadline_at", postgresql_where=text("state = 'queued'")),  # expire
     postgresql_with={"fillfactor": "80", "autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"},
 )  # fmt: skip

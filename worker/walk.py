@@ -10,7 +10,7 @@ from uuid import UUID
 from worker.calls import Call
 from worker.job import Answer
 from worker.ledger import Claim
-from worker.signals import Signal
+from worker.signals import POLICIES, Billing, Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Walk:
     calls: list[Call] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     unsent: list[UUID] = field(default_factory=list)  # call rows whose requests have not left
+    asks_twice: bool = True  # also when an earlier call may have been answered and billed
     ends_at_s: float = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +45,11 @@ class Walk:
 
     def remaining_s(self) -> float:
         return self.ends_at_s - time.monotonic()
+
+    def in_doubt(self) -> bool:
+        """Whether a call of this walk may have been billed without an answer, and that is for a person to look at."""
+        outcomes = {call.signal.value for call in self.calls} | {asked.outcome for asked in self.claim.asked}
+        return not self.asks_twice and any(POLICIES[Signal(outcome)].billing is Billing.UNKNOWN for outcome in outcomes)
 
     def paid(self) -> Answered | None:
         """The answer that is in hand although the walk was cut short before it could say so."""
@@ -60,6 +66,11 @@ class Refused:
     """No provider may or can answer this request as it is: attempting it again would not help."""
 
     signal: Signal
+
+
+@dataclass(frozen=True, slots=True)
+class Doubtful:
+    """A call may have been answered and billed, and its chain rather asks a person than a provider again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +94,4 @@ class OutOfTime:
     """The job's deadline came first."""
 
 
-Outcome = Answered | Refused | Exhausted | Parked | OutOfTime
+Outcome = Answered | Refused | Doubtful | Exhausted | Parked | OutOfTime
