@@ -115,6 +115,7 @@ class Stage:
     rng: Callable[[], float] = lambda: 0.0
     diary: list[tuple[Any, ...]] = field(default_factory=list)
     on_unknown: str = "retry"
+    ours: bool = True
 
     def __post_init__(self) -> None:
         self.breakers.diary = self.diary
@@ -126,13 +127,13 @@ class Stage:
             stations[name] = Station(provider=Scripted(name, list(replies), self.diary), config=config, pricing=Pricing.of(config))
         self.chain = Chain(stations, self.breakers, Group(self.open), self.may_call, rng=self.rng)
 
-    async def open(self, calls: list[NewCall]) -> list[None]:
+    async def open(self, calls: list[NewCall]) -> list[bool]:
         if isinstance(self.opening, Exception):
             raise self.opening
         if self.opening is not None:
             await self.opening()
         self.diary += [("opened", call.provider, str(call.id)) for call in calls]
-        return [None] * len(calls)
+        return [self.ours] * len(calls)
 
     async def run(self, walk: Walk) -> Outcome:
         return await self.chain.answer(walk, ChainConfig(providers=tuple(self.script), on_unknown=self.on_unknown))
@@ -816,3 +817,9 @@ def test_but_uses_the_answer_of_one_that_came_late_and_goes_on_after_free_failur
     stage = Stage({"one": [failed(Signal.OVERLOADED)], "two": [answered()]}, on_unknown="park")
     assert walked(stage)[0] == Answered(answered().answer)
     assert stage.said("sent") == ["one", "two"]
+
+
+def test_a_job_that_is_somebody_elses_by_now_is_not_asked_of_anybody():
+    stage = Stage({"one": [answered()], "two": [answered()]}, ours=False)
+    assert walked(stage)[0] == Parked(PARKED_S)
+    assert stage.said("sent") == []

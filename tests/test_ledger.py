@@ -535,3 +535,76 @@ def test_nothing_is_claimed_from_a_paused_lane(database_url):
         assert len(await take(db, [job_id])) == 1
 
     play(database_url, story)
+
+
+@pytest.mark.parametrize("request_", ["null", "[]", '{"messages": "hello"}', '{"messages": [{}], "tools": 3}'])
+def test_a_request_that_cannot_be_read_fails_its_own_job_and_leaves_the_others_of_the_pack_alone(database_url, request_):
+    async def story(db):
+        _, ids = await a_batch(db, 3)
+        await rows(db, "UPDATE job_requests SET request = CAST(:request AS jsonb) WHERE job_id = :id", request=request_, id=ids[1])
+        claims = await take(db, ids)
+        assert [claimed.job_id for claimed in claims] == [ids[0], ids[2]]
+        failed = await job(db, ids[1])
+        assert (failed.state, failed.error["code"]) == ("failed", "unreadable_request")
+        assert await calls(db, ids[1]) == []
+        await counters_are_exact(db)
+
+    play(database_url, story)
+
+
+def test_a_kept_answer_that_cannot_be_read_is_passed_over(database_url):
+    async def story(db):
+        job_id = await a_job(db)
+        await take(db, [job_id])
+        await rows(db, "UPDATE provider_calls SET outcome = 'answered', answer = '{\"content\": 3}'")
+        await rows(db, "UPDATE jobs SET state = 'queued', worker_id = NULL")
+        (again,) = await take(db, [job_id])
+        assert [(asked.outcome, asked.answer) for asked in again.asked] == [("answered", None)]
+
+    play(database_url, story)
+
+
+def test_a_call_of_a_job_that_was_lost_meanwhile_is_not_opened(database_url):
+    async def story(db):
+        lost, ours = await take(db, [await a_job(db), await a_job(db)])
+        await rows(db, "UPDATE jobs SET state = 'queued', worker_id = NULL WHERE id = :id", id=lost.job_id)
+        wanted = [NewCall(id=new_id(), job_id=one.job_id, fence=one.fence, provider="second", model="m") for one in (lost, ours)]
+        assert await open_calls(db, wanted) == [False, True]
+        await take(db, [lost.job_id])  # under a higher fence
+        assert await open_calls(db, wanted) == [False, True]
+        assert [call.provider for call in await calls(db, lost.job_id)] == ["first"]
+        assert [call.provider for call in await calls(db, ours.job_id)] == ["first", "second"]
+
+    play(database_url, story)
+
+
+def test_a_call_of_a_job_that_is_just_being_rescued_is_not_opened(database_url):
+    async def story(db):
+        (claimed,) = await take(db, [await a_job(db)])
+        wanted = [NewCall(id=new_id(), job_id=claimed.job_id, fence=claimed.fence, provider="second", model="m")]
+        async with transaction(db) as rescuer:
+            await rows(rescuer, "SELECT FROM jobs WHERE id = :id FOR NO KEY UPDATE", id=claimed.job_id)
+            assert await open_calls(db, wanted) == [False]
+        assert await open_calls(db, wanted) == [True]
+
+    play(database_url, story)
+
+
+def test_what_an_earlier_provider_said_is_booked_when_the_next_call_is_opened_and_known_after_a_crash(database_url):
+    async def story(db):
+        worker = await a_worker(db)
+        (claimed,) = await take(db, [await a_job(db)], worker)
+        failed = a_call(claimed.opened_id, Signal.SERVER_ERROR)
+        after = NewCall(id=new_id(), job_id=claimed.job_id, fence=claimed.fence, provider="second", model="m", ended=(failed,))
+        assert await open_calls(db, [after]) == [True]
+        await rows(db, "UPDATE workers SET state = 'dead' WHERE id = :id", id=worker)
+        async with db.connect() as connection:
+            await rescue(connection)
+        booked = [(call.outcome, call.cost_usd) for call in await calls(db, claimed.job_id)]
+        assert booked == [("server_error", Decimal("0.25")), ("orphaned", None)]
+        (again,) = await take(db, [claimed.job_id])
+        assert [(asked.provider, asked.outcome) for asked in again.asked] == [("first", "server_error"), ("second", "orphaned")]
+        assert await settle(db, [ending(claimed, calls=(failed, a_call(after.id)))]) == [False]
+        assert [call.outcome for call in await calls(db, claimed.job_id)] == ["server_error", "answered"]
+
+    play(database_url, story)

@@ -73,7 +73,7 @@ class Chain:
         self,
         stations: Mapping[str, Station],
         breakers: Breakers,
-        open_call: Group[NewCall, None],
+        open_call: Group[NewCall, bool],
         may_call: Callable[[Claim], bool],
         *,
         rng: Callable[[], float] = random.random,
@@ -172,7 +172,7 @@ class Chain:
         """One request and its reply, booked; None when it may not be sent any more once it stands on the books."""
         provider = station.provider
         call_id = await self._opened(walk, station)
-        if walk.remaining_s() <= LEAST_CALL_S or not self._may_call(walk.claim):
+        if call_id is None or walk.remaining_s() <= LEAST_CALL_S or not self._may_call(walk.claim):
             return None
         timeout_s = _timeout_s(walk, station, untried)
         walk.unsent.remove(call_id)
@@ -192,15 +192,21 @@ class Chain:
         walk.calls.append(watch.book(reply, station.pricing))
         return reply
 
-    async def _opened(self, walk: Walk, station: Station) -> UUID:
-        """The row of the call about to be made, on the books before its request leaves."""
+    async def _opened(self, walk: Walk, station: Station) -> UUID | None:
+        """The row of the call about to be made, on the books before its request leaves; None when the job is ours no more."""
         claim, provider = walk.claim, station.provider
         if claim.opened_id in walk.unsent and claim.opened_provider == provider.name:
             return claim.opened_id
-        call = NewCall(id=new_id(), job_id=claim.job_id, fence=claim.fence, provider=provider.name, model=provider.model)
+        call = NewCall(
+            id=new_id(),
+            job_id=claim.job_id,
+            fence=claim.fence,
+            provider=provider.name,
+            model=provider.model,
+            ended=tuple(walk.calls),
+        )
         walk.unsent.append(call.id)
-        await _to_its_end(self._open_call.ask(call))
-        return call.id
+        return call.id if await _to_its_end(self._open_call.ask(call)) else None
 
     async def _report(self, name: str, admission: Admission, reply: Reply) -> None:
         policy = POLICIES[reply.signal]

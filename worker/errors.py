@@ -5,6 +5,7 @@ BackstopError
 ├── PartlyFailed     3   done, but not every job was answered
 ├── WaitTimedOut     4   not finished within the time given
 ├── NotFound         5   no such job, batch, provider, file
+├── Unreadable       1   a row of the ledger that this version did not write
 └── Unreachable     69   a server that must be there is not
 """
 
@@ -31,6 +32,10 @@ class WaitTimedOut(BackstopError):
 
 class NotFound(BackstopError):
     exit_code = 5
+
+
+class Unreadable(BackstopError):
+    """Says which row's part it is, and nothing of what stands there."""
 
 
 class Unreachable(BackstopError):

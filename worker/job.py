@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
 from worker.cost import Usage
+from worker.errors import Unreadable
 
 
 class JobState(StrEnum):
@@ -55,8 +56,13 @@ class ChatRequest:
         return {"messages": self.messages, "parameters": self.parameters}
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> ChatRequest:
-        return cls(messages=body["messages"], parameters=body.get("parameters", {}))
+    def from_json(cls, body: Any) -> ChatRequest:
+        """What `to_json` wrote. Raises Unreadable for all else: a part that is not known here may change what is asked."""
+        if isinstance(body, dict) and body.keys() <= {"messages", "parameters"}:
+            messages, parameters = body.get("messages"), body.get("parameters", {})
+            if _objects(messages) and messages and isinstance(parameters, dict):
+                return cls(messages, parameters)
+        raise Unreadable("the request of this job is not one this version wrote: submit it again, or let newer workers have it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +81,37 @@ class Answer:
         return {name: getattr(self, name) for name in self.__slots__} | {"usage": self.usage.to_json()}
 
     @classmethod
-    def from_json(cls, body: Mapping[str, Any]) -> Answer:
-        return cls(**{**body, "usage": Usage(**body["usage"])})
+    def from_json(cls, body: Any) -> Answer:
+        """What `to_json` wrote, without what a newer version added. Raises Unreadable where something is missing or another type."""
+        if isinstance(body, dict) and all(fits(body.get(name)) for name, fits in _ANSWER.items()):
+            usage = {name: body["usage"].get(name) for name in Usage.__slots__}
+            if all(count is None or type(count) is int for count in usage.values()):
+                said: dict[str, Any] = {name: body.get(name) for name in _ANSWER} | {"usage": Usage(**usage)}
+                return cls(**said)
+        raise Unreadable("the answer of this job is not one this version wrote: read it with the version that did")
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_ANSWER: Mapping[str, Callable[[Any], bool]] = {
+    "content": _text_or_none,
+    "finish_reason": _text,
+    "provider": _text,
+    "model": _text,
+    "usage": lambda value: isinstance(value, dict),
+    "tool_calls": lambda value: value is None or _objects(value),
+    "degraded": _text_or_none,
+}
 
 
 def new_id() -> UUID:

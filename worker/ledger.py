@@ -15,10 +15,12 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
+from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.calls import Call
 from worker.database import jsonb, run
+from worker.errors import Unreadable
 from worker.job import Answer, ChatRequest, JobState, Lane, new_id
 
 
@@ -72,11 +74,14 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewCall:
+    """A call about to be made, and those before it in the same attempt, which have `ended`."""
+
     id: UUID
     job_id: UUID
     fence: int
     provider: str
     model: str
+    ended: tuple[Call, ...] = ()
 
 
 # Shared tail of all statements whose CTE `moved(batch_id, state)` ends jobs.
@@ -145,7 +150,7 @@ async def claim(db: AsyncEngine, job_ids: Sequence[UUID], worker_id: UUID, first
     """Those of the jobs that are ready are ours now, their fence raised; the others are done, cancelled or somebody else's.
 
     `first_calls` names by chain the provider and model that will most likely be asked first: their call rows are opened at once,
-    so that a fresh job needs no further round trip before its request leaves.
+    so that a fresh job needs no further round trip before its request leaves. A job whose request cannot be read has failed.
     """
     rows = await run(
         db,
@@ -157,39 +162,98 @@ async def claim(db: AsyncEngine, job_ids: Sequence[UUID], worker_id: UUID, first
         providers=[provider for provider, _ in first_calls.values()],
         models=[model for _, model in first_calls.values()],
     )
-    return [
-        Claim(
-            job_id=row.id,
-            worker_id=worker_id,
-            fence=row.fence,
-            attempts=row.attempts,
-            chain=row.chain,
-            lane=Lane(row.lane),
-            tenant=row.tenant,
-            request=ChatRequest.from_json(row.request),
-            remaining_s=row.remaining_s,
-            asked=tuple(
-                Asked(provider=provider, outcome=outcome, answer=Answer.from_json(answer) if answer else None)
-                for provider, outcome, answer in row.asked or ()
-            ),
-            opened_id=row.opened_id,
-            opened_provider=row.opened_provider,
-        )
-        for row in rows
-    ]
+    claims: list[Claim] = []
+    unreadable: list[Settlement] = []
+    for row in rows:
+        try:
+            claims.append(_claim(row, worker_id))
+        except Unreadable as error:
+            unreadable.append(_failed(row, error))
+    if unreadable:
+        await settle(db, unreadable)
+    return claims
 
 
-_OPEN = text("""
-INSERT INTO provider_calls (id, job_id, fence, provider, model)
-SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:fences AS bigint[]),
-    CAST(:providers AS text[]), CAST(:models AS text[]))
-ON CONFLICT (id) DO NOTHING
+def _claim(row: Any, worker_id: UUID) -> Claim:
+    return Claim(
+        job_id=row.id,
+        worker_id=worker_id,
+        fence=row.fence,
+        attempts=row.attempts,
+        chain=row.chain,
+        lane=Lane(row.lane),
+        tenant=row.tenant,
+        request=ChatRequest.from_json(row.request),
+        remaining_s=row.remaining_s,
+        asked=tuple(Asked(provider=provider, outcome=outcome, answer=_readable(answer)) for provider, outcome, answer in row.asked or ()),
+        opened_id=row.opened_id,
+        opened_provider=row.opened_provider,
+    )
+
+
+def _readable(answer: Any) -> Answer | None:
+    """An answer that another version wrote is paid for and lost."""
+    try:
+        return Answer.from_json(answer) if answer else None
+    except Unreadable:
+        return None
+
+
+def _failed(row: Any, error: Unreadable) -> Settlement:
+    return Settlement(
+        job_id=row.id,
+        fence=row.fence,
+        lane=Lane(row.lane),
+        state=JobState.FAILED,
+        error={"code": "unreadable_request", "message": str(error), "providers": []},
+        unsent=(row.opened_id,) if row.opened_id else (),
+    )
+
+
+# How a call ended, as a record of JSON and as what is written to its row.
+_ENDED = """
+    id uuid, job_id uuid, fence bigint, started_at timestamptz, ended_at timestamptz, latency_ms int, outcome text, http_status int,
+    error_code text, input_tokens int, output_tokens int, cached_tokens int, reasoning_tokens int, billing text, cost_usd numeric,
+    price_source text, answer jsonb, settled bool"""
+_BOOK = """
+    started_at = c.started_at, ended_at = c.ended_at, latency_ms = c.latency_ms, outcome = c.outcome, http_status = c.http_status,
+    error_code = c.error_code, input_tokens = c.input_tokens, output_tokens = c.output_tokens, cached_tokens = c.cached_tokens,
+    reasoning_tokens = c.reasoning_tokens, billing = c.billing, cost_usd = c.cost_usd, price_source = c.price_source"""
+
+
+_OPEN = text(f"""
+WITH call AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:fences AS bigint[]),
+        CAST(:providers AS text[]), CAST(:models AS text[])) AS t(id, job_id, fence, provider, model)
+), ours AS (  -- what is locked is being settled, rescued or cancelled
+    SELECT j.id FROM jobs j JOIN call c ON c.job_id = j.id AND c.fence = j.fence
+    WHERE j.id = ANY(CAST(:job_ids AS uuid[])) AND j.state = 'running' FOR SHARE OF j SKIP LOCKED
+), opened AS (
+    INSERT INTO provider_calls (id, job_id, fence, provider, model)
+    SELECT c.id, c.job_id, c.fence, c.provider, c.model FROM call c JOIN ours o ON o.id = c.job_id
+    ON CONFLICT (id) DO NOTHING
+), booked AS (
+    UPDATE provider_calls p SET {_BOOK} FROM json_to_recordset(CAST(:ended AS json)) AS c({_ENDED})
+    WHERE p.id = ANY(CAST(:ended_ids AS uuid[])) AND p.id = c.id AND p.outcome IS NULL
+)
+SELECT c.id FROM call c JOIN ours o ON o.id = c.job_id
 """)
 
 
-async def open_calls(db: AsyncEngine, calls: Sequence[NewCall]) -> Sequence[None]:
-    """The calls are on the books, billing unknown, before their requests leave."""
-    await run(
+async def open_calls(db: AsyncEngine, calls: Sequence[NewCall]) -> Sequence[bool]:
+    """The calls are on the books, billing unknown, before their requests leave. False for each whose fence holds no more.
+
+    On the way those are booked that ended before: who goes on from here after a crash knows what the others said.
+    """
+    ended = [(new, call) for new in calls for call in new.ended]
+    try:
+        return await _open_calls(db, calls, ended)
+    except DataError:
+        return await _open_calls(db, calls, [])  # figures that do not fit are settled with their job
+
+
+async def _open_calls(db: AsyncEngine, calls: Sequence[NewCall], ended: Sequence[tuple[NewCall, Call]]) -> list[bool]:
+    rows = await run(
         db,
         _OPEN,
         ids=[call.id for call in calls],
@@ -197,8 +261,11 @@ async def open_calls(db: AsyncEngine, calls: Sequence[NewCall]) -> Sequence[None
         fences=[call.fence for call in calls],
         providers=[call.provider for call in calls],
         models=[call.model for call in calls],
+        ended=jsonb([{**call.to_json(), "job_id": str(new.job_id), "fence": new.fence} for new, call in ended]),
+        ended_ids=[call.id for _, call in ended],
     )
-    return [None] * len(calls)
+    opened = {row.id for row in rows}
+    return [call.id in opened for call in calls]
 
 
 _SETTLE = text(f"""
@@ -227,16 +294,9 @@ WITH ending AS (
     SELECT m.id, m.fence, e.answer FROM moved m JOIN ending e ON e.id = m.id AND e.fence = m.fence
     WHERE m.state = 'succeeded'
 ), call AS (
-    SELECT * FROM json_to_recordset(CAST(:calls AS json)) AS t(
-        id uuid, job_id uuid, fence bigint, started_at timestamptz, ended_at timestamptz, latency_ms int, outcome text,
-        http_status int, error_code text, input_tokens int, output_tokens int, cached_tokens int, reasoning_tokens int,
-        billing text, cost_usd numeric, price_source text, answer jsonb, settled bool)
+    SELECT * FROM json_to_recordset(CAST(:calls AS json)) AS t({_ENDED})
 ), booked AS (
-    UPDATE provider_calls p SET
-        started_at = c.started_at, ended_at = c.ended_at, latency_ms = c.latency_ms, outcome = c.outcome,
-        http_status = c.http_status, error_code = c.error_code, input_tokens = c.input_tokens, output_tokens = c.output_tokens,
-        cached_tokens = c.cached_tokens, reasoning_tokens = c.reasoning_tokens, billing = c.billing, cost_usd = c.cost_usd,
-        price_source = c.price_source,
+    UPDATE provider_calls p SET {_BOOK},
         answer = CASE WHEN o.id IS NOT NULL THEN NULL WHEN c.settled THEN e.answer ELSE c.answer END
     FROM call c JOIN ending e ON e.id = c.job_id AND e.fence = c.fence
         LEFT JOIN ours o ON o.id = c.job_id AND o.fence = c.fence
