@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from worker.errors import BackstopError, NotFound, Unreachable
+from worker.errors import BackstopError, NotFound, Unreachable, Unreadable
 from worker.job import new_id
 
 MEDIA_TYPE = "application/problem+json"
@@ -107,6 +107,8 @@ async def _mistake(request: Request, error: Exception) -> Response:
             return problem(request, 404, str(error))
         case Unreachable():
             return problem(request, 503, str(error), headers={"Retry-After": "1"})
+        case Unreadable():
+            return problem(request, 500, str(error))
         case _:
             return problem(request, 422, str(error))
 

@@ -32,7 +32,7 @@ class JobIn(BaseModel):
     messages: list[dict[str, Any]] = Field(min_length=1)
     chain: str = Field("default", max_length=200, description="A chain, a provider, or a provider's model.")
     lane: Lane = Lane.INTERACTIVE
-    deadline_s: float = Field(120, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="Seconds from now.")
+    deadline_s: float = Field(120, strict=True, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="Seconds from now.")
     metadata: dict[str, Any] | None = Field(None, description="Kept with the job, sent to nobody.")
 
     @field_validator("metadata")

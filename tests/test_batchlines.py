@@ -141,7 +141,7 @@ def test_nesting_ends_somewhere():
     with pytest.raises(ValueError, match="nested more than"):
         chat_request({"messages": HI, "logit_bias": {"a": nested(DEEPEST)}})
     with pytest.raises(ValueError, match="nested more than"):
-        chat_request({"messages": HI, "tools": nested(100_000)})
+        chat_request({"messages": HI, "tools": [{"a": nested(100_000)}]})
 
 
 JSON = st.recursive(

@@ -180,3 +180,13 @@ def test_a_large_file_needs_no_more_memory_than_a_chunk_of_it(database_url, monk
         assert max(peaks[6:]) < 1.2 * max(peaks[:6])
 
     play(database_url, story)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "two\nlines", "nul\x00", "\x1b[2J", "lone \udcff"])
+def test_a_name_that_no_batch_can_have_is_refused(database_url, name):
+    async def story(db):
+        with pytest.raises(UsageError, match="1 to 200 printable characters"):
+            await open_batch(db, name, fingerprint=[], columns=None)
+        assert await rows(db, "SELECT FROM batches") == []
+
+    play(database_url, story)

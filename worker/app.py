@@ -20,9 +20,9 @@ from worker.embedded.attach import attached
 from worker.errors import BackstopError
 from worker.job import Lane
 from worker.settings import Settings, read_settings
+from worker.transport import TASK, TIDY, install
 
-TASK = "backstop.run_jobs"
-
+install()
 
 # Messages only wake workers, so every rule here is for being woken soon and by few.
 DELIVERY: dict[str, Any] = {
@@ -43,7 +43,7 @@ DELIVERY: dict[str, Any] = {
     "broker_pool_limit": 10,
     "broker_transport_options": {
         "visibility_timeout": 900,
-        "socket_timeout": 10,
+        "socket_timeout": 3,  # whoever publishes to a Redis that is frozen goes on after that
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
         "health_check_interval": 10,
@@ -71,7 +71,7 @@ def _configuration() -> dict[str, Any]:
         "worker_send_task_events": True,  # for Flower
         "task_send_sent_event": False,
         "worker_hijack_root_logger": False,
-        "beat_schedule": {"tidy": {"task": "backstop.tidy", "schedule": 3600.0}},
+        "beat_schedule": {"tidy": {"task": TIDY, "schedule": 3600.0}},
         "beat_schedule_filename": str(settings.data / "beat-schedule"),
     }
 

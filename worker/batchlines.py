@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
+from jsonschema.protocols import Validator
 from jsonschema.validators import validator_for
 
 from worker.job import ChatRequest
-from worker.textfile import UNSTORABLE
+from worker.textfile import UNSTORABLE, cut
 
 URL = "/v1/chat/completions"
 DEEPEST = 64  # levels of lists and objects in a body
+LONGEST_MODEL = 200  # characters
+LARGEST_SCHEMA = 64 * 1024  # characters of JSON; to check one of that size takes a second, and longer the more there is
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -43,16 +47,16 @@ def parse(line: Mapping[str, Any]) -> BatchLine:
     try:
         body = _envelope(line)
         model = body.get("model")
-        if model is not None and (not isinstance(model, str) or not model):
+        if model is not None and (not isinstance(model, str) or not 1 <= len(model) <= LONGEST_MODEL):
             raise ValueError("body.model: expected the name of a chain, a provider or a model")
-        return BatchLine(custom_id, model, chat_request(body))
+        return BatchLine(custom_id, model and cut(model), chat_request(body))
     except ValueError as error:
         return BatchLine(custom_id, problem=str(error))
 
 
 def _envelope(line: Mapping[str, Any]) -> Mapping[str, Any]:
     if unknown := line.keys() - {"custom_id", "method", "url", "body"}:
-        raise ValueError(f"unknown key {min(unknown)!r} beside custom_id, method, url and body")
+        raise ValueError(f"unknown key {cut(min(unknown))!r} beside custom_id, method, url and body")
     if line.get("method", "POST") != "POST":
         raise ValueError("method: only POST can be used")
     if line.get("url", URL) != URL:
@@ -92,6 +96,8 @@ def _check_message(message: Any, where: str) -> None:
             raise ValueError(f"{where}.content: missing")
     elif not isinstance(content, str):
         raise ValueError(f"{where}.content: expected a text or a list of parts")
+    if not _is_list_of(dict, message.get("tool_calls") or []):
+        raise ValueError(f"{where}.tool_calls: expected a list of objects")
 
 
 def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,8 +105,8 @@ def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     checked = {}
     for name, value in given.items():
         if name not in _PARAMETERS:
-            near = difflib.get_close_matches(name, _PARAMETERS, n=1)
-            raise ValueError(f"{name}: unknown parameter{f', did you mean {near[0]!r}?' if near else ''}")
+            near = difflib.get_close_matches(cut(name), _PARAMETERS, n=1)
+            raise ValueError(f"{cut(name)}: unknown parameter{f', did you mean {near[0]!r}?' if near else ''}")
         fits, expected = _PARAMETERS[name]
         if value is None:
             continue
@@ -147,12 +153,26 @@ def _check_response_format(given: Mapping[str, Any]) -> None:
 def _check_schema(text: str) -> None:
     """Raises ValueError for what is no JSON Schema, or points outside itself: a worker must not fetch for a job."""
     where, schema = "response_format.json_schema.schema", json.loads(text)
+    if len(text) > LARGEST_SCHEMA:
+        raise ValueError(f"{where}: larger than {LARGEST_SCHEMA} characters")
     try:
-        validator_for(schema).check_schema(schema)
+        _dialect(schema).check_schema(schema)
     except SchemaError as error:
-        raise ValueError(f"{where}: not a JSON Schema at {error.json_path}") from None
+        raise ValueError(f"{where}: not a JSON Schema at {cut(error.json_path)}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
     if not all(ref.startswith("#") for ref in _references(schema)):
         raise ValueError(f"{where}: a $ref may only point into the schema itself")
+
+
+def _dialect(schema: Mapping[str, Any]) -> type[Validator]:
+    named = schema.get("$schema", Draft202012Validator.META_SCHEMA["$schema"])
+    known: type[Validator] | None = None
+    if isinstance(named, str):
+        known = validator_for({"$schema": named}, default=None)  # type: ignore[arg-type] # the stubs know no None
+    if known is None:
+        raise ValueError("response_format.json_schema.schema.$schema: expected the URI of a draft of JSON Schema")
+    return known
 
 
 def _references(schema: Any) -> list[str]:
@@ -182,7 +202,11 @@ def _a(kind: type | tuple[type, ...], expected: str) -> tuple[Callable[[Any], bo
     return lambda value: isinstance(value, kind), expected
 
 
-_TEXT, _LIST, _OBJECT, _BOOL = _a(str, "a text"), _a(list, "a list"), _a(dict, "an object"), _a(bool, "true or false")
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+_TEXT, _OBJECT, _BOOL = _a(str, "a text"), _a(dict, "an object"), _a(bool, "true or false")
 
 # Ranges are those of https://platform.openai.com/docs/api-reference/chat/create; what vendors add to it stands below.
 _PARAMETERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -190,7 +214,7 @@ _PARAMETERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": _number(0, 1),
     "max_tokens": _integer(1, 10_000_000),
     "max_completion_tokens": _integer(1, 10_000_000),
-    "stop": _a((str, list), "a text or a list of texts"),
+    "stop": (lambda value: isinstance(value, str) or _is_list_of(str, value), "a text or a list of texts"),
     "seed": _integer(-(2**63), 2**63 - 1),
     "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
@@ -198,12 +222,12 @@ _PARAMETERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": _BOOL,
     "top_logprobs": _integer(0, 20),
     "response_format": _OBJECT,
-    "tools": _LIST,
+    "tools": (lambda value: _is_list_of(dict, value), "a list of objects"),
     "tool_choice": _a((str, dict), "a text or an object"),
     "parallel_tool_calls": _BOOL,
     "reasoning_effort": _TEXT,
     "verbosity": _TEXT,
-    "modalities": _LIST,
+    "modalities": (lambda value: _is_list_of(str, value), "a list of texts"),
     "prediction": _OBJECT,
     "service_tier": _TEXT,
     "user": _TEXT,

@@ -151,7 +151,12 @@ async def open_batch(
     fields: Sequence[str] = (),
     tenant: str = "default",
 ) -> Batch:
-    """The batch of that name, new or resumed. Raises UsageError when the name belongs to another file, template or chain."""
+    """The batch of that name, new or resumed.
+
+    Raises UsageError when the name cannot be one, or belongs to another file, template or chain.
+    """
+    if not 1 <= len(name) <= 200 or not name.isprintable():
+        raise UsageError("the name of a batch has 1 to 200 printable characters: choose another --batch name")
     print_ = _fingerprint(fingerprint)
     as_json: dict[str, Any] = {"columns": json.dumps(columns), "fields": json.dumps(list(fields))}
     await run(db, _OPEN_BATCH, id=new_id(), tenant=tenant, name=name, fingerprint=print_, **as_json)

@@ -14,17 +14,19 @@ from celery.worker.control import control_command
 from sqlalchemy.exc import DBAPIError
 
 from worker import events
-from worker.app import TASK, app
+from worker.app import app
 from worker.database import unreachable
 from worker.dispatch import queue_name
 from worker.errors import BackstopError
 from worker.job import Lane
 from worker.loop import LoopThread
 from worker.settings import read_settings
+from worker.transport import TASK, TIDY
 from worker.wiring import WorkerProcess
 
 log = structlog.get_logger(__name__)
 _LANES = {queue_name(lane): lane for lane in Lane}
+BLOCKED_S = 30.0  # its jobs are long with others: a loop that is held up for so long is not waited for
 BULK_NICENESS = 10  # where cores are short, a worker of the bulk lane alone leaves them to those that people wait for
 
 
@@ -46,11 +48,18 @@ class Process(bootsteps.StartStopStep):
             fault = unreachable(error) if isinstance(error, DBAPIError) else error
             log.critical("not_started", why=str(fault))
             raise SystemExit(fault.exit_code) from None  # Celery would show a trace of anything else
+        Process.loop.watch(BLOCKED_S, _give_up)
 
     def stop(self, parent: Any) -> None:
         if hasattr(Process, "process"):  # it did start
             Process.loop.submit(Process.process.drain()).result()
         Process.loop.stop()
+
+
+def _give_up(place: str) -> None:
+    """At once, as if it had been killed: what holds up the loop would hold up every orderly end. Whoever runs it starts it again."""
+    log.critical("loop_blocked", seconds=BLOCKED_S, at=place)
+    os._exit(70)
 
 
 app.steps["worker"].add(Process)
@@ -64,7 +73,7 @@ def run_jobs(self: Task[Any, Any], job_ids: Sequence[str]) -> Mapping[str, int]:
     return Process.loop.submit(pack).result()
 
 
-@app.task(name="backstop.tidy")
+@app.task(name=TIDY)
 def tidy() -> int:
     """Beat's: rows of workers that ended long ago are gone."""
     return Process.loop.submit(Process.process.tidy()).result()

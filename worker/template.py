@@ -66,17 +66,24 @@ DEFAULT = Template(user="{% for name, value in row.items() %}\n{{ name }}: {{ va
 def load(path: Path) -> Template:
     """The checked template. Raises UsageError naming the file, the key or line, and what was expected."""
     try:
-        body = tomllib.loads(path.read_text("utf-8"))
+        return _template(_decoded(path))
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _decoded(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no template {path}: check the name given with --prompt") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    try:
-        return _template(body)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
+    except ValueError:  # Python's limit, which names no line
+        raise UsageError(f"{path}: a number in it has too many digits") from None
 
 
 def _template(body: Mapping[str, Any]) -> Template:
@@ -91,13 +98,20 @@ def _template(body: Mapping[str, Any]) -> Template:
     if "schema" in body and "response_format" in body.get("parameters", {}):
         raise ValueError("parameters.response_format: leave it out, [schema] sets it")
     for name in ("system", "user"):
-        try:
-            _JINJA.parse(body.get(name, ""))
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{name}, line {error.lineno}: {error.message}") from None
-    template = Template(**body)
-    batchlines.parameters(template._response_format())
-    return Template(body["user"], body.get("system"), batchlines.parameters(template.parameters), template.schema)
+        _check_text(name, body.get(name, ""))
+    asked = batchlines.parameters(Template(**body)._response_format())
+    schema = asked["response_format"]["json_schema"]["schema"] if asked else None
+    return Template(body["user"], body.get("system"), batchlines.parameters(body.get("parameters", {})), schema)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        _compiled(text)
+        _wanted(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"{name}, line {error.lineno}: {error.message}") from None
+    except (RecursionError, MemoryError, SyntaxError):  # how Python says so of what Jinja makes of it
+        raise ValueError(f"{name}: nested too deeply") from None
 
 
 def check(template: Template, columns: Iterable[str]) -> None:

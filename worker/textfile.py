@@ -20,6 +20,8 @@ CHUNK_BYTES = 1 << 19
 MOST_CHARS = 1 << 24  # of a field or a line; beyond it a closing quote is missing, or this is no table
 UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # what Postgres refuses in text and JSON
 
+MOST_SHOWN = 200  # characters of a word that is said back
+
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
@@ -30,6 +32,11 @@ _BOMS = (
 _LEGACY = [
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp932", "euc_jp", "gb18030", "big5", "cp949",
 ]  # fmt: skip
+
+
+def cut(word: str) -> str:
+    """So much of a word that was not expected as can be said back."""
+    return UNSTORABLE.sub("\ufffd", word[:MOST_SHOWN])
 
 
 @dataclass(slots=True)

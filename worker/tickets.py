@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, Literal, NoReturn
 
 from worker.errors import UsageError
-from worker.textfile import MOST_CHARS, UNSTORABLE, Place, TextFile
+from worker.textfile import MOST_CHARS, UNSTORABLE, Place, TextFile, cut
 
 _DELIMITERS = ",;\t|"
 
@@ -151,7 +151,11 @@ def _records(lines: Iterable[str], delimiter: str, place: Place) -> Iterator[tup
         except StopIteration:
             return
         except csv.Error as error:
-            if "unexpected end" in str(error) or "field larger" in str(error):
+            if "field larger" in str(error):
+                raise UsageError(
+                    f'{place}: a field of over {MOST_CHARS} characters begins in line {began} or after: is a quote (") never closed?'
+                ) from None
+            if "unexpected end" in str(error):
                 raise UsageError(
                     f'{place}: a quote (") that opens in line {began} or after is never closed: close it, '
                     'or double it ("") where it is meant as text'
@@ -200,7 +204,7 @@ def _json_lines(text: TextFile, kind: Kind) -> Iterator[Ticket | None]:
 def _object(line: str) -> dict[str, Any]:
     """Raises ValueError, which shows nothing of the line."""
     try:
-        body = json.loads(line, parse_constant=_refuse_constant)
+        body = _decode(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -212,6 +216,25 @@ def _object(line: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"not JSON: {name} is no JSON number")
+
+
+def _int(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"not usable: a number of {len(digits)} digits") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that stands there twice, one value would be lost without a word."""
+    body = dict(pairs)
+    if len(body) < len(pairs):
+        name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"not usable: {cut(name)!r} stands there more than once")
+    return body
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_int, object_pairs_hook=_once).decode
 
 
 def _cell(value: Any) -> str:

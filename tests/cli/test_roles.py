@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,8 +19,9 @@ import stage
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import cli
-from worker.cli.children import Children
+from worker.cli.children import PAUSES_S, Children
 from worker.cli.fleet import somebody_works
+from worker.embedded.servers import found
 from worker.errors import BackstopError
 from worker.job import new_id
 from worker.settings import Settings
@@ -113,7 +114,7 @@ def answer_of(api: str, key: str, question: str) -> dict[str, object]:
     return job
 
 
-def test_up_starts_everything_stops_without_a_trace_keeps_its_data_and_names_a_child_that_died(place):
+def test_up_starts_everything_stops_without_a_trace_keeps_its_data_and_ends_over_a_child_that_dies_again_and_again(place):
     api_port, flower_port, vendor_port = unused_port(), unused_port(), unused_port()
     (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=vendor_port))
     (place / "script.toml").write_text('[providers.steady]\nmodel = "sim"\n')
@@ -140,12 +141,64 @@ def test_up_starts_everything_stops_without_a_trace_keeps_its_data_and_names_a_c
         said(process, "Ctrl-C stops everything")
         kept = httpx.get(f"{api}/v1/jobs/{job['id']}", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
         assert kept.json()["result"] == job["result"]
+        killed: set[int] = set()
+        for _ in PAUSES_S:
+            killed.add(kill(process, "beat", but=killed))
+            assert "logs/beat.log" in said(process, "beat ended with code -9")
+        assert httpx.get(f"{api}/livez", trust_env=False).is_success
         ours = descendants(process.pid)
-        (victim,) = (pid for pid in ours if b"beat" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-        os.kill(victim, signal.SIGKILL)
-        assert "logs/beat.log" in said(process, "beat ended with code -9")
+        kill(process, "beat", but=killed)
+        assert "5 times within 60 s" in said(process, "it is not started again")
         assert process.wait(PATIENCE_S) == 1
-        assert gone(ours), "one died, so all have ended"
+        assert gone(ours), "one died too often, so all have ended"
+
+
+def kill(process: subprocess.Popen[str], role: str, but: set[int]) -> int:
+    """The child with that word in its command was killed, as soon as there is one beside those of before."""
+
+    def candidates() -> set[int]:
+        return {pid for pid in descendants(process.pid) if role.encode() in words(pid)} - but
+
+    assert eventually(lambda: bool(candidates()))
+    (victim,) = candidates()
+    os.kill(victim, signal.SIGKILL)
+    return victim
+
+
+def words(pid: int) -> list[bytes]:
+    """The command of a process; none of one that is gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
+
+
+def test_a_worker_that_is_killed_under_up_is_started_again_and_every_job_is_answered(place, monkeypatch):
+    port, vendor_port = unused_port(), unused_port()
+    (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=vendor_port))
+    (place / "script.toml").write_text('[providers.steady]\nmodel = "sim"\nlatency = {ms = 200}\n')
+    for name, value in {"HEARTBEAT_S": "0.2", "HEARTBEAT_TTL_S": "3", "BULK_SLOTS": "10", "PACK_SIZE": "5"}.items():
+        monkeypatch.setenv(f"BACKSTOP_{name}", value)
+
+    async def killed(db: AsyncEngine) -> None:
+        batch, ids = await stage.a_batch(db, 60)
+        running = "SELECT w.pid FROM workers w JOIN jobs j ON j.worker_id = w.id WHERE j.state = 'running'"
+        pid = (await stage.until(db, running))[0].pid
+        os.kill(pid, signal.SIGKILL)
+        await stage.until(db, "SELECT FROM batches WHERE state = 'finished'")
+        assert (await stage.batch(db, batch.id)).succeeded == len(ids)
+        await stage.until(db, "SELECT FROM workers WHERE lanes = 'bulk' AND state = 'live' AND pid <> :pid", pid=pid)
+        assert len(await stage.rows(db, "SELECT FROM results")) == len(ids)
+        assert await stage.rows(db, "SELECT FROM provider_calls WHERE outcome = 'orphaned'")
+
+    with (
+        command("simulate", "--port", str(vendor_port), "--script", "script.toml"),
+        command("up", "--port", str(port), "--no-flower") as process,
+    ):
+        said(process, "Ctrl-C stops everything")
+        stage.play(str(found(place / ".backstop").database_url), killed)
+        said(process, "worker-bulk ended with code -9")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 0
 
 
 def check_flower(flower: httpx.Client, login: str, ask: Callable[[], object]) -> None:
@@ -228,7 +281,7 @@ async def reached(db: AsyncEngine, job_id: UUID, state: str) -> Any:
 STARTER = """
 import sys, time
 from pathlib import Path
-from worker.cli.children import Children
+from worker.cli.children import PAUSES_S, Children
 from worker.cli.fleet import somebody_works
 with Children(Path("logs")) as children:
     children.start("vendor", ["simulate", "--port", sys.argv[1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -43,6 +44,8 @@ from worker.wiring import Connections
 @json_option
 def chat(text: str, chain: str, wait_s: float, as_json: bool) -> None:
     """Asks TEXT (or stdin, as -) and prints the answer."""
+    if math.isnan(wait_s):
+        raise UsageError("--wait: expected a number of seconds")
     settings = read_settings()
     load(settings.config).chain(chain)
     words = sys.stdin.read() if text == "-" else text
@@ -51,7 +54,7 @@ def chat(text: str, chain: str, wait_s: float, as_json: bool) -> None:
     job = NewJob(request=ChatRequest([{"role": "user", "content": words}]), chain=chain)
 
     async def ask(open_: Connections) -> None:
-        if wait_s <= 0:
+        if wait_s == 0:
             submitted = await submit(open_.db, open_.publish, job)
             show_json({"id": submitted.job_id}) if as_json else click.echo(submitted.job_id)
             return

@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 API_PORT = 8000
 FLOWER_PORT = 5555
 PORT = click.IntRange(1, 65_535)
-CHECK_S = 0.5
+CHECK_S = 0.25
 SCRIPT = Path(__file__).parents[1] / "simulator" / "default.toml"
 
 
@@ -42,7 +42,10 @@ SCRIPT = Path(__file__).parents[1] / "simulator" / "default.toml"
 @click.option("--flower-port", type=PORT, default=FLOWER_PORT, show_default=True)
 @click.option("--no-flower", is_flag=True, help="Without Flower.")
 def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flower: bool) -> None:
-    """Servers (if none are given), migrations, workers, API, Flower; Ctrl-C stops them all."""
+    """Servers (if none are given), migrations, workers, API, Flower; Ctrl-C stops them all.
+
+    Once all are up, one that dies is started again; only one that dies again and again ends `up`.
+    """
     settings = read_settings()
     checked = _checked(settings)
     _check_free(host, port, "--port")
@@ -70,7 +73,7 @@ def up(host: str, port: int, concurrency: int | None, flower_port: int, no_flowe
         say("Ctrl-C stops everything")
         try:
             while True:
-                children.check()
+                children.see_through()
                 time.sleep(CHECK_S)
         except KeyboardInterrupt:  # how it is meant to end, so no error
             say(f"stopping; running calls have {settings.drain_s:.0f} s (Ctrl-C again: at once)")
