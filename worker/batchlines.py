@@ -7,21 +7,16 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
-
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
-from jsonschema.protocols import Validator
-from jsonschema.validators import validator_for
 
 from worker.job import ChatRequest
 from worker.textfile import UNSTORABLE, cut
+from worker.validation import validator
 
 URL = "/v1/chat/completions"
 DEEPEST = 64  # levels of lists and objects in a body
 LONGEST_MODEL = 200  # characters
-LARGEST_SCHEMA = 64 * 1024  # characters of JSON; to check one of that size takes a second, and longer the more there is
+LARGEST_SCHEMA = 64 * 1024  # characters of JSON
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -146,42 +141,13 @@ def _check_response_format(given: Mapping[str, Any]) -> None:
     named = given.get("json_schema")
     if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping):
         raise ValueError("response_format.json_schema.schema: expected a JSON Schema")
-    _check_schema(json.dumps(named["schema"]))
-
-
-@lru_cache(maxsize=256)
-def _check_schema(text: str) -> None:
-    """Raises ValueError for what is no JSON Schema, or points outside itself: a worker must not fetch for a job."""
-    where, schema = "response_format.json_schema.schema", json.loads(text)
-    if len(text) > LARGEST_SCHEMA:
+    where, schema = "response_format.json_schema.schema", json.dumps(named["schema"])
+    if len(schema) > LARGEST_SCHEMA:
         raise ValueError(f"{where}: larger than {LARGEST_SCHEMA} characters")
     try:
-        _dialect(schema).check_schema(schema)
-    except SchemaError as error:
-        raise ValueError(f"{where}: not a JSON Schema at {cut(error.json_path)}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply") from None
-    if not all(ref.startswith("#") for ref in _references(schema)):
-        raise ValueError(f"{where}: a $ref may only point into the schema itself")
-
-
-def _dialect(schema: Mapping[str, Any]) -> type[Validator]:
-    named = schema.get("$schema", Draft202012Validator.META_SCHEMA["$schema"])
-    known: type[Validator] | None = None
-    if isinstance(named, str):
-        known = validator_for({"$schema": named}, default=None)  # type: ignore[arg-type] # the stubs know no None
-    if known is None:
-        raise ValueError("response_format.json_schema.schema.$schema: expected the URI of a draft of JSON Schema")
-    return known
-
-
-def _references(schema: Any) -> list[str]:
-    if isinstance(schema, list):
-        return [ref for item in schema for ref in _references(item)]
-    if not isinstance(schema, dict):
-        return []
-    own = [value for key, value in schema.items() if key in ("$ref", "$dynamicRef") and isinstance(value, str)]
-    return own + [ref for item in schema.values() for ref in _references(item)]
+        validator(schema)
+    except ValueError as error:
+        raise ValueError(f"{where}: {cut(str(error))}") from None
 
 
 def _number(low: float, high: float) -> tuple[Callable[[Any], bool], str]:

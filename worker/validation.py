@@ -6,11 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
-from jsonschema.protocols import Validator
-from jsonschema.validators import validator_for
-from referencing import Registry
+from jsonschema_rs import ValidationError, ValidationErrorKind, Validator, validator_for
 
 from worker.job import Answer, ChatRequest
 
@@ -18,7 +14,10 @@ from worker.job import Answer, ChatRequest
 def usable(request: ChatRequest) -> bool:
     """False when the job asks for a JSON Schema that is none: no answer could be held against it."""
     schema = _schema(request.parameters)
-    return schema is None or _validator(schema) is not None
+    try:
+        return schema is None or bool(validator(schema))
+    except ValueError:
+        return False
 
 
 def fits(request: ChatRequest, answer: Answer) -> bool:
@@ -26,12 +25,9 @@ def fits(request: ChatRequest, answer: Answer) -> bool:
     schema = _schema(request.parameters)
     if schema is None or answer.tool_calls:
         return True
-    validator = _validator(schema)
-    if validator is None:
-        return False
     try:
-        return bool(validator.is_valid(json.loads(answer.content or "", parse_constant=_refuse)))
-    except Exception:  # no JSON, nested too deep, or the schema fails on it: a `$ref` to nowhere, a faulty pattern
+        return validator(schema).is_valid(json.loads(answer.content or "", parse_constant=_refuse))
+    except (ValueError, RecursionError):  # no JSON, or nested too deep
         return False
 
 
@@ -45,15 +41,20 @@ def _schema(parameters: dict[str, Any]) -> str | None:
 
 
 @lru_cache(maxsize=256)  # a batch has one for all its jobs
-def _validator(schema: str) -> Validator | None:
-    decoded = json.loads(schema)
-    kind = validator_for(decoded, default=Draft202012Validator)
+def validator(schema: str) -> Validator:
+    """Of a JSON Schema, as text. What it costs is bounded by its size and the answer's: no pattern can hold up the loop.
+
+    Raises ValueError saying where it is none, or that it points outside of itself: a worker fetches nothing for a job.
+    """
     try:
-        kind.check_schema(decoded)
-    except (SchemaError, RecursionError):
-        return None
-    return kind(decoded, registry=Registry())  # an empty one: a remote `$ref` is not fetched
+        return validator_for(json.loads(schema), retriever=_refuse)
+    except ValidationError as error:
+        if isinstance(error.kind, ValidationErrorKind.Referencing):
+            raise ValueError("a $ref or $schema in it leads nowhere, or out of it") from None
+        raise ValueError(f"not a JSON Schema at $.{'.'.join(map(str, error.instance_path))}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("nested too deeply") from None
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(f"{what} is not taken")

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
-import jsonschema
+import jsonschema_rs
 import psycopg
 import pytest
 from celery import Celery
@@ -277,7 +277,7 @@ def test_an_answer_asked_for_in_a_schema_has_it(fleet):
             request = ChatRequest([{"role": "user", "content": "My invoice is wrong"}], {"response_format": wanted})
             for job_id in await ended(fleet, opened, "good", request, count=3):
                 (row,) = await select(opened, "SELECT answer FROM results WHERE job_id = :id", id=job_id)
-                jsonschema.validate(json.loads(row.answer["content"]), schema)
+                jsonschema_rs.validate(schema, json.loads(row.answer["content"]))
 
     asyncio.run(main())
 
