@@ -7,7 +7,7 @@ UV := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_F
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock" --quiet
 
-.PHONY: help demo test check bench up lock clean
+.PHONY: help demo test soak controls check bench up lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -17,6 +17,12 @@ demo: $(READY) ## 240 tickets through three simulated providers, with the bill
 
 test: $(READY) ## all tests, on a real Postgres and a real Valkey
 	@$(BIN)/pytest
+
+soak: $(READY) ## 20,000 jobs under kills and broken servers; options: make soak SOAK="--seed 7 --short"
+	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py $(SOAK)
+
+controls: $(READY) ## each guard off once: what goes red then; beside plain Celery: make controls CONTROLS=--baseline
+	@PYTHONPATH=tests $(BIN)/python tests/faults/controls.py $(CONTROLS)
 
 check: $(READY) ## lint, format, types, layers
 	@$(BIN)/ruff check .

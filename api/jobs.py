@@ -17,7 +17,8 @@ from api.schemas import CallList, CallOut, JobIn, JobOut, JobPage
 from worker import intervene, reads, waiting
 from worker.batchlines import chat_request
 from worker.errors import NotFound, UsageError
-from worker.job import JobState
+from worker.job import ChatRequest, JobState
+from worker.selection import Selection
 from worker.submit import NewJob, submit
 from worker.views import JobView
 
@@ -45,12 +46,8 @@ async def submit_job(
     The same `Idempotency-Key` with the same request gives the same job; with another request it is a 422.
     """
     parts.config.chain(body.chain)
-    try:
-        chat = chat_request(body.chat_body())
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     new = NewJob(
-        request=chat,
+        request=_checked(body),
         chain=body.chain,
         lane=body.lane,
         deadline_s=body.deadline_s,
@@ -65,6 +62,13 @@ async def submit_job(
     response.status_code = 200 if wait_s and job.ended else 202
     response.headers.update(_submitted_headers(job, preferred_s, submitted.replayed, again=response.status_code == 202))
     return JobOut.of(job)
+
+
+def _checked(body: JobIn) -> ChatRequest:
+    try:
+        return chat_request(body.chat_body())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _submitted_headers(job: JobView, preferred_s: float | None, replayed: bool, *, again: bool) -> dict[str, str]:
@@ -91,7 +95,8 @@ async def list_jobs(
 ) -> JobPage:
     """Jobs, newest first. `cursor` is the `next_cursor` of the page before; `Link: rel="next"` says the same."""
     batch_id = (await known_batch(parts.db, batch, caller.tenant)).id if batch is not None else None
-    found = await reads.jobs(parts.db, tenant=caller.tenant, state=state, batch_id=batch_id, before=cursor, limit=limit + 1)
+    which = Selection(state=state)
+    found = await reads.jobs(parts.db, which=which, tenant=caller.tenant, batch_id=batch_id, before=cursor, limit=limit + 1)
     page, has_more = found[:limit], len(found) > limit
     next_cursor = str(page[-1].id) if has_more else None
     if next_cursor is not None:

@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+import stage
 from redis import Redis
 
+from worker import spool
 from worker.doctor import Finding, examine
 from worker.embedded.servers import Endpoints
 from worker.settings import Settings
@@ -30,7 +32,7 @@ def settings(tmp_path: Path, database_url: str, redis_url: str, monkeypatch) -> 
 
 
 def findings(settings: Settings, **changes: object) -> dict[str, Finding]:
-    return {found.name: found for found in asyncio.run(examine(settings.model_copy(update=changes)))}
+    return {found.name: found for found in asyncio.run(examine(settings.model_copy(update=changes), again_s=0))}
 
 
 def bad(settings: Settings, **changes: object) -> dict[str, Finding]:
@@ -41,7 +43,7 @@ def test_where_all_is_well_every_finding_is_good_and_needs_no_remedy(settings):
     found = findings(settings)
     assert [*found] == [
         "Python", "data directory", "Postgres", "schema", "clock of Postgres", "Redis", "Redis memory",
-        "clock of Redis", "config", "key of one",
+        "clock of Redis", "config", "key of one", "ledger",
     ]  # fmt: skip
     assert all(finding.ok and not finding.remedy for finding in found.values())
     assert "given server 127.0.0.1" in found["Postgres"].detail
@@ -114,3 +116,95 @@ def test_a_key_that_is_not_set_and_a_config_that_is_missing_are_findings(setting
     monkeypatch.delenv("DOCTOR_TEST_KEY")
     assert "DOCTOR_TEST_KEY is not set" in bad(settings)["key of one"].detail
     assert "BACKSTOP_CONFIG" in bad(settings, config=tmp_path / "none.toml")["config"].detail
+
+
+def a_job_of_an_unknown_worker(database_url):
+    async def story(db):
+        await stage.take(db, [await stage.a_job(db)])
+        await stage.rows(db, "DELETE FROM workers")
+
+    stage.play(database_url, story)
+
+
+def test_what_is_stuck_in_the_ledger_is_a_finding_and_only_looked_at(settings, database_url):
+    a_job_of_an_unknown_worker(database_url)
+    for _ in range(2):
+        found = bad(settings)["abandoned jobs"]
+        assert (found.count, found.mended, found.remedy) == (1, 0, "run `backstop doctor --repair`")
+        assert "running jobs of workers that are dead, gone or unknown: 1, such as " in found.detail
+
+
+def test_what_was_mended_is_said_and_all_is_well_afterwards(settings, database_url):
+    a_job_of_an_unknown_worker(database_url)
+    found = {one.name: one for one in asyncio.run(examine(settings, mend=True, again_s=0))}
+    mended = found["abandoned jobs"]
+    assert (mended.ok, mended.count, mended.mended, mended.remedy) == (True, 1, 1, "")
+    assert mended.detail.endswith("; 1 rescued")
+    assert [*bad(settings)] == ["workers"]  # queued again, and nobody lives to take it
+
+
+def test_an_answer_that_waits_on_the_disk_is_settled_before_its_job_is_taken_from_the_worker_that_is_gone(settings, database_url):
+    async def story(db):
+        (claimed,) = await stage.take(db, [await stage.a_job(db)])
+        await stage.rows(db, "UPDATE workers SET state = 'gone'")
+        spool.write(settings.data / "spool", [stage.answered(claimed, "paid for")])
+
+    stage.play(database_url, story)
+    waiting = bad(settings)
+    assert [*waiting] == ["spooled answers", "abandoned jobs"]
+    assert (waiting["spooled answers"].count, waiting["spooled answers"].mended) == (1, 0)
+    found = {one.name: one for one in asyncio.run(examine(settings, mend=True, again_s=0))}
+    assert found["spooled answers"].ok
+    assert found["spooled answers"].detail.endswith(": 1; 1 jobs settled with them")
+    assert "abandoned jobs" not in found
+    assert findings(settings)["ledger"].ok
+
+    async def look(db):
+        (stored,) = await stage.rows(db, "SELECT j.state, r.answer FROM jobs j JOIN results r ON r.job_id = j.id")
+        assert (stored.state, stored.answer["content"]) == ("succeeded", "paid for")
+
+    stage.play(database_url, look)
+
+
+def test_answers_that_can_never_be_settled_are_a_finding(settings):
+    place = settings.data / "spool"
+    place.mkdir(parents=True)
+    (place / "one.jsonl").write_text("not JSON\n")
+    asyncio.run(examine(settings, mend=True))
+    found = bad(settings)["refused answers"]
+    assert (found.count, str(place) in found.detail) == (1, True)
+
+
+def test_spooled_answers_of_another_user_are_told(settings, monkeypatch):
+    async def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    place = settings.data / "spool"
+    place.mkdir(parents=True)
+    (place / "one.jsonl").write_text("{}\n")
+    monkeypatch.setattr("worker.spool.replay", denied)
+    found = {one.name: one for one in asyncio.run(examine(settings, mend=True))}["spooled answers"]
+    assert (found.ok, found.mended) == (False, 0)
+    assert "Permission denied" in found.detail
+
+
+def test_a_ledger_of_another_version_is_not_looked_at(settings, database_url):
+    a_job_of_an_unknown_worker(database_url)
+
+    async def story(db):
+        await stage.rows(db, "UPDATE alembic_version SET version_num = '0000'")
+
+    stage.play(database_url, story)
+    assert [one.name for one in asyncio.run(examine(settings, mend=True)) if not one.ok] == ["schema"]
+
+
+def test_a_look_that_postgres_does_not_answer_is_a_finding(settings, database_url, monkeypatch):
+    monkeypatch.setattr("worker.repair.LOOK_S", 0.2)
+
+    async def story(db):
+        async with stage.transaction(db) as holder:
+            await stage.rows(holder, "LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            (found,) = [one for one in await examine(settings) if not one.ok]
+            assert (found.name, "no reply" in found.detail) == ("ledger", True)
+
+    stage.play(database_url, story)

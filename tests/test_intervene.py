@@ -1,12 +1,15 @@
 """Cancel and requeue: what they reach, what they leave alone, and that they count."""
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from stage import HELLO, Mailbox, a_batch, a_job, a_worker, answered, batch, counters_are_exact, ending, job, play, rows, take
 
 from worker.errors import UsageError
-from worker.intervene import Cancelled, cancel, requeue
+from worker.intervene import Cancelled, cancel, requeue, requeueable
 from worker.job import JobState, Lane, new_id
 from worker.ledger import settle
+from worker.selection import Selection
 from worker.submit import NewJob, Row, add_rows, close_batch, open_batch, submit
 
 
@@ -115,5 +118,95 @@ def test_a_batch_that_is_cancelled_while_it_is_submitted_takes_no_more_rows(data
             _ = [added async for added in add_rows(db, opened, rows_[1:])]
         assert (await batch(db, opened.id)).state == "finished"
         await counters_are_exact(db)
+
+    play(database_url, story)
+
+
+async def ended(db, job_ids, state, code, **columns):
+    """These jobs ended so, with an error of that code."""
+    error = {"code": code, "message": "", "providers": []}
+    await settle(db, [ending(one, state, error=error) for one in await take(db, job_ids)])
+    for name, value in columns.items():
+        await rows(db, f"UPDATE jobs SET {name} = {value} WHERE id = ANY(:ids)", ids=job_ids)
+
+
+async def queued(db):
+    return {row.id for row in await rows(db, "SELECT id FROM jobs WHERE state = 'queued'")}
+
+
+async def a_bad_night(db):
+    """Jobs by the code they ended with; those of two batches among them."""
+    _, monday = await a_batch(db, 4)
+    _, tuesday = await a_batch(db, 2, "tuesday")
+    loose = [await a_job(db) for _ in range(3)]
+    await ended(db, [*monday[:2], tuesday[0]], JobState.FAILED, "worker_died")
+    await ended(db, monday[2:3], JobState.FAILED, "billing_unknown", chain="'careful'")
+    await ended(db, [monday[3], tuesday[1]], JobState.EXPIRED, "deadline", finished_at="now() - interval '3 hours'")
+    await ended(db, loose[:1], JobState.CANCELLED, "cancelled")
+    await settle(db, [answered(one) for one in await take(db, loose[1:2])])
+    return monday, tuesday, loose
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        (Selection(code="worker_died"), lambda monday, tuesday, loose: [*monday[:2], tuesday[0]]),
+        (Selection(chain="careful"), lambda monday, tuesday, loose: monday[2:3]),
+        (Selection(state=JobState.EXPIRED), lambda monday, tuesday, loose: [monday[3], tuesday[1]]),
+        (Selection(state=JobState.FAILED, chain="default"), lambda monday, tuesday, loose: [*monday[:2], tuesday[0]]),
+        (Selection(since=datetime.now(UTC) - timedelta(hours=2)), lambda monday, tuesday, loose: [*monday[:3], tuesday[0], loose[0]]),
+        (Selection(state=JobState.SUCCEEDED), lambda monday, tuesday, loose: []),
+        (Selection(code="' OR true"), lambda monday, tuesday, loose: []),
+    ],
+)
+def test_exactly_the_selected_jobs_are_counted_and_requeued(which, expected, database_url):
+    async def story(db):
+        night = await a_bad_night(db)
+        before, wanted = await queued(db), set(expected(*night))
+        counts = await requeueable(db, which=which)
+        assert await queued(db) == before
+        assert sum(counts.values()) == await requeue(db, which=which, chunk=2) == len(wanted)
+        assert await queued(db) - before == wanted
+        assert await requeueable(db, which=which) == {}
+        await counters_are_exact(db)
+
+    play(database_url, story)
+
+
+def test_a_selection_within_a_batch_reaches_no_other_and_counts_by_state(database_url):
+    async def story(db):
+        monday, _, _ = await a_bad_night(db)
+        (stored,) = await rows(db, "SELECT id FROM batches WHERE name = 'monday'")
+        assert await requeueable(db, batch_id=stored.id) == {JobState.FAILED: 3, JobState.EXPIRED: 1}
+        before = await queued(db)
+        assert await requeue(db, batch_id=stored.id, which=Selection(code="worker_died")) == 2
+        assert await queued(db) - before == set(monday[:2])
+        assert await requeue(db, job_ids=monday, which=Selection(code="billing_unknown")) == 1
+        await counters_are_exact(db)
+
+    play(database_url, story)
+
+
+def test_a_requeue_of_nothing_in_particular_is_refused(database_url):
+    async def story(db):
+        await a_bad_night(db)
+        before = await queued(db)
+        for refused in (requeue(db), requeueable(db), requeue(db, which=Selection())):
+            with pytest.raises(UsageError, match="requeue which jobs"):
+                await refused
+        assert await requeue(db, job_ids=[]) == 0
+        assert await queued(db) == before
+
+    play(database_url, story)
+
+
+def test_a_job_that_fails_again_at_once_is_requeued_once_by_one_command(database_url):
+    async def story(db):
+        await a_bad_night(db)
+        again = """CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            NEW.state := 'failed'; NEW.finished_at := now(); NEW.error := OLD.error; RETURN NEW; END $$"""
+        await rows(db, again)
+        await rows(db, "CREATE TRIGGER again BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.state = 'queued') EXECUTE FUNCTION again()")
+        assert await requeue(db, which=Selection(code="worker_died"), chunk=1) == 3
 
     play(database_url, story)

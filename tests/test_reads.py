@@ -6,6 +6,7 @@ import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import database, reads
 from worker.errors import UsageError
 from worker.job import JobState, new_id
+from worker.selection import Selection
 from worker.views import CostKey
 
 NOON = datetime.now(UTC).replace(microsecond=0)
@@ -166,7 +168,63 @@ def test_jobs_are_found_by_state_and_batch(database_url):
         queued = await a_job(db, batch_id=batch_id, ordinal=2)
         await a_job(db, "failed")
         assert [job.id for job in await reads.jobs(db, batch_id=batch_id)] == [queued, failed]
-        assert [job.id for job in await reads.jobs(db, batch_id=batch_id, state=JobState.FAILED)] == [failed]
+        assert [job.id for job in await reads.jobs(db, batch_id=batch_id, which=Selection(state=JobState.FAILED))] == [failed]
+
+    run(database_url, story)
+
+
+async def fail(db: AsyncEngine, job_id: UUID, code: str, *providers: tuple[str, str], **columns: object) -> None:
+    error = {"code": code, "message": "", "providers": [{"provider": name, "reason": reason} for name, reason in providers]}
+    values = {"error": json.dumps(error), **columns}
+    assigned = ", ".join(f"{name} = CAST(:{name} AS jsonb)" if name == "error" else f"{name} = :{name}" for name in values)
+    await execute(db, f"UPDATE jobs SET {assigned} WHERE id = :id", id=job_id, **values)
+
+
+def test_jobs_are_found_by_error_code_chain_and_when_they_ended(database_url):
+    async def story(db: AsyncEngine) -> None:
+        died, doubtful, old, waiting = [await a_job(db, state) for state in ("failed", "failed", "expired", "queued")]
+        await fail(db, died, "worker_died")
+        await fail(db, doubtful, "billing_unknown", chain="careful")
+        await fail(db, old, "deadline", finished_at=NOON - timedelta(hours=3))
+        await fail(db, waiting, "parked", created_at=NOON - timedelta(hours=3))
+
+        async def found(**fields: Any) -> list[UUID]:
+            return [job.id for job in await reads.jobs(db, which=Selection(**fields))]
+
+        assert await found() == [waiting, old, doubtful, died]
+        assert await found(code="worker_died") == [died]
+        assert await found(code="parked") == [waiting]
+        assert await found(chain="careful") == [doubtful]
+        assert await found(chain="careful", code="worker_died") == []
+        assert await found(since=NOON - timedelta(hours=1)) == [doubtful, died]
+
+    run(database_url, story)
+
+
+def test_dead_letters_are_grouped_by_how_and_why_the_most_first(database_url):
+    async def story(db: AsyncEngine) -> None:
+        batch_id = await a_batch(db)
+        full = (("a", "rate_limited"), ("b", "server_error"))
+        ids = [await a_job(db, "failed", batch_id=batch_id, ordinal=n) for n in (1, 2, 3)]
+        for job_id in ids[:2]:
+            await fail(db, job_id, "all_providers_failed", *full, finished_at=NOON)
+        await fail(db, ids[2], "all_providers_failed", *reversed(full), finished_at=NOON - timedelta(minutes=1))
+        expired, cancelled = await a_job(db, "expired"), await a_job(db, "cancelled")
+        await fail(db, expired, "deadline", finished_at=NOON - timedelta(minutes=2))
+        await execute(db, "UPDATE jobs SET finished_at = :at WHERE id = :id", at=NOON - timedelta(minutes=3), id=cancelled)
+        await a_job(db, "succeeded")
+        await fail(db, await a_job(db), "parked", *full)
+        letters = await reads.dead_letters(db)
+        assert [(d.state, d.code, d.providers, d.jobs, d.newest_id) for d in letters] == [
+            ("failed", "all_providers_failed", "a: rate_limited, b: server_error", 2, ids[1]),
+            ("failed", "all_providers_failed", "b: server_error, a: rate_limited", 1, ids[2]),
+            ("expired", "deadline", None, 1, expired),
+            ("cancelled", None, None, 1, cancelled),
+        ]
+        assert letters[0].last_at == NOON
+        assert await reads.dead_letters(db, limit=1) == letters[:1]
+        assert await reads.dead_letters(db, batch_id=batch_id) == letters[:2]
+        assert await reads.dead_letters(db, which=Selection(code="deadline")) == letters[2:3]
 
     run(database_url, story)
 

@@ -1,4 +1,7 @@
-"""What must be right on this machine before jobs can run, looked at one by one. Starts and changes nothing."""
+"""What must be right on this machine before jobs can run, and what is stuck in the ledger, looked at one by one.
+
+Starts nothing, and changes nothing unless it is told to repair.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import config, database
+from worker import config, database, repair, spool
 from worker.embedded import postgres, servers, valkey
 from worker.errors import BackstopError
 from worker.settings import Settings
@@ -25,20 +29,30 @@ _PYTHONS = ((3, 11), (3, 15))  # from, up to but without; `requires-python` in p
 _FREE_BYTES = 1_000_000_000
 _CLOCK_S = 2.0  # leases and heartbeats are told apart by seconds
 _PATIENCE_S = 5
+_REPAIR = "run `backstop doctor --repair`"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `remedy` is empty where `ok`; `detail` holds no password and no key."""
+    """One thing that was looked at. `remedy` is empty where `ok`; `detail` holds no password and no key.
+
+    `count`: how many rows of the ledger, or files, are not as they should be, `mended` those among them that now are.
+    """
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
+    count: int = 0
+    mended: int = 0
 
 
-async def examine(settings: Settings) -> list[Finding]:
-    """All findings, in the order they should be mended. Raises nothing for what is wrong: that is a finding."""
+async def examine(settings: Settings, *, mend: bool = False, again_s: float = repair.AGAIN_S) -> list[Finding]:
+    """All findings, in the order they should be mended. Raises nothing for what is wrong: that is a finding.
+
+    With `mend`, what is stuck in the ledger and can safely be put right has been. What stands there for less than `again_s` is
+    not stuck.
+    """
     running = await asyncio.to_thread(servers.found, settings.data)
     findings = [_python(), _data(settings.data)]
     if not settings.database_url:
@@ -47,7 +61,10 @@ async def examine(settings: Settings) -> list[Finding]:
         findings.append(_wheel("embedded Valkey", valkey.binary, "REDIS_URL"))
     findings += await _postgres(settings.database_url, running.database_url)
     findings += await _redis(settings.redis_url, running.redis_url)
-    return [*findings, *_config(settings.config)]
+    findings += _config(settings.config)
+    if any(finding.name == "schema" and finding.ok for finding in findings):
+        findings += await _ledger(settings.database_url or running.database_url, settings, mend, again_s)
+    return findings
 
 
 def _python() -> Finding:
@@ -163,6 +180,48 @@ def _config(path: Path) -> Iterator[Finding]:
             yield Finding(f"key of {name}", True, detail)
         except BackstopError as error:
             yield Finding(f"key of {name}", False, str(error), "set it, or take the provider out of the config")
+
+
+async def _ledger(url: str, settings: Settings, mend: bool, again_s: float) -> list[Finding]:
+    engine, spooled = database.engine(url), settings.data / "spool"
+    try:
+        found = await _spooled(engine, spooled, mend)  # first: a rescue would come between an answer and its job
+        stuck = await repair.examine(engine, heartbeat_ttl_s=settings.heartbeat_ttl_s, repair=mend, again_s=again_s)
+    except DBAPIError as error:
+        return [Finding("ledger", False, str(database.unreachable(error)), "look at the load and the locks of Postgres")]
+    finally:
+        await engine.dispose()
+    found += [*_refused(spooled), *(_stuck(one) for one in stuck)]
+    return found or [Finding("ledger", True, "nothing is stuck")]
+
+
+def _stuck(stuck: repair.Stuck) -> Finding:
+    check = stuck.check
+    detail = f"{check.words}: {stuck.count}, such as {stuck.example}"
+    if stuck.mended:
+        detail += f"; {stuck.mended} {check.then}"
+    remedy = _REPAIR if check.mend else check.then
+    return Finding(check.name, not stuck.left, detail, remedy if stuck.left else "", stuck.count, stuck.mended)
+
+
+async def _spooled(engine: AsyncEngine, directory: Path, mend: bool) -> list[Finding]:
+    name, waiting = "spooled answers", spool.found(directory)
+    if not waiting:
+        return []
+    detail = f"files of answers in {directory} that Postgres has not taken: {len(waiting)}"
+    if not mend:
+        return [Finding(name, False, detail, "they are settled by the next worker that starts here, or " + _REPAIR, len(waiting))]
+    try:
+        settled = await spool.replay(engine, directory)
+    except OSError as error:
+        return [Finding(name, False, f"{detail}; {error.strerror}", "be the user that the workers run as", len(waiting))]
+    return [Finding(name, True, f"{detail}; {settled} jobs settled with them", "", len(waiting), len(waiting))]
+
+
+def _refused(directory: Path) -> list[Finding]:
+    files = list(directory.glob("*.refused"))
+    detail = f"files of answers in {directory} that can never be settled: {len(files)}"
+    return [Finding("refused answers", False, detail, "read them, then remove them", len(files))] if files else []
 
 
 def _place(given: str | None, host: str | None, port: object) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.database import run
+from worker.errors import UsageError
+from worker.job import JobState
 from worker.ledger import CLOSE_BATCH, COUNTED
+from worker.selection import ALL, Selection
 
 _CANCEL = text(f"""
 WITH target AS (
@@ -62,14 +66,16 @@ async def cancel(
             return Cancelled(cancelled, flagged)
 
 
-_REQUEUE = text("""
+# What ended without an answer and can be sent. Rows of a file that could not be used have no request.
+_REQUEUEABLE = """
+j.state IN ('failed', 'cancelled', 'expired') AND EXISTS (SELECT FROM job_requests r WHERE r.job_id = j.id AND r.request IS NOT NULL)
+"""
+
+_REQUEUE = """
 WITH target AS (
-    SELECT id, state AS was FROM jobs
-    WHERE (id = ANY(CAST(:ids AS uuid[])) OR batch_id = :batch) AND state IN ('failed', 'cancelled', 'expired')
-      AND EXISTS (SELECT FROM job_requests r WHERE r.job_id = jobs.id AND r.request IS NOT NULL)
-    ORDER BY id LIMIT :most FOR NO KEY UPDATE
+    SELECT j.id, j.state AS was FROM jobs j WHERE {which} AND j.id > :after ORDER BY j.id LIMIT :most FOR NO KEY UPDATE
 ), moved AS (
-    UPDATE jobs j SET state = 'queued', finished_at = NULL, error = NULL, attempts = 0, walk_fence = j.fence + 1,
+    UPDATE jobs j SET state = 'queued', finished_at = NULL, error = NULL, attempts = 0, deaths = 0, walk_fence = j.fence + 1,
         cancel_requested = false, dispatched_at = NULL, run_at = now(), deadline_at = now() + make_interval(secs => j.deadline_s)
     FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, t.was
 ), uncounted AS (
@@ -83,18 +89,47 @@ WITH target AS (
         ) m JOIN batches o ON o.id = m.batch_id ORDER BY o.id FOR NO KEY UPDATE OF o
     ) n WHERE b.id = n.id
 )
-SELECT id FROM moved
-""")
+SELECT id FROM moved ORDER BY id
+"""
 
 
-async def requeue(db: AsyncEngine, *, job_ids: Sequence[UUID] = (), batch_id: UUID | None = None, chunk: int = 10_000) -> int:
+async def requeue(
+    db: AsyncEngine,
+    *,
+    job_ids: Sequence[UUID] | None = None,
+    batch_id: UUID | None = None,
+    which: Selection = ALL,
+    chunk: int = 10_000,
+) -> int:
     """Failed, cancelled and expired jobs are queued once more, with fresh attempts and their full time; how many.
 
-    Rows that never could be sent (no request) stay failed.
+    Those of the named jobs, of the batch, or of all that `which` selects, each once. Rows that never could be sent (no request)
+    stay failed. What a call of theirs has cost is not had back: asked again, it may be paid twice. Raises UsageError when
+    neither jobs nor a batch nor a selection is named.
     """
-    total = 0
-    while True:
-        rows = await run(db, _REQUEUE, ids=list(job_ids), batch=batch_id, most=chunk)
-        total += len(rows)
-        if len(rows) < chunk:
-            return total
+    where, values = _requeueable(job_ids, batch_id, which)
+    statement = text(_REQUEUE.format(which=where))
+    total, after = 0, UUID(int=0)
+    while rows := await run(db, statement, after=after, most=chunk, **values):
+        total, after = total + len(rows), rows[-1].id  # not from the start: some may have failed again meanwhile
+    return total
+
+
+async def requeueable(
+    db: AsyncEngine, *, job_ids: Sequence[UUID] | None = None, batch_id: UUID | None = None, which: Selection = ALL
+) -> Mapping[JobState, int]:
+    """How many jobs `requeue` would reach now, by the state they ended in. Raises UsageError as it does."""
+    where, values = _requeueable(job_ids, batch_id, which)
+    rows = await run(db, text(f"SELECT j.state, count(*) AS jobs FROM jobs j WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"), **values)
+    return {JobState(row.state): row.jobs for row in rows}
+
+
+def _requeueable(job_ids: Sequence[UUID] | None, batch_id: UUID | None, which: Selection) -> tuple[str, dict[str, Any]]:
+    if job_ids is None and batch_id is None and which == ALL:
+        raise UsageError("requeue which jobs? Name a batch, a job, or what they have in common")
+    where, values = _REQUEUEABLE + which.conditions, which.values
+    if job_ids is not None:
+        where, values = f"{where} AND j.id = ANY(CAST(:ids AS uuid[]))", {**values, "ids": list(job_ids)}
+    if batch_id is not None:
+        where, values = f"{where} AND j.batch_id = :batch", {**values, "batch": batch_id}
+    return where, values

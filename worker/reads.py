@@ -19,11 +19,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.errors import UsageError
 from worker.export import ExportRow
 from worker.job import Answer, JobState, Lane
+from worker.selection import ALL, Selection
 from worker.views import (
     BatchView,
     CallView,
     CostKey,
     CostRow,
+    DeadLetters,
     Failover,
     JobView,
     ProviderDay,
@@ -55,19 +57,32 @@ async def job(db: AsyncEngine, job_id: UUID, tenant: str | None = None) -> JobVi
 async def jobs(
     db: AsyncEngine,
     *,
+    which: Selection = ALL,
     tenant: str | None = None,
-    state: JobState | None = None,
     batch_id: UUID | None = None,
     before: UUID | None = None,
     limit: int = 50,
 ) -> list[JobView]:
     """Up to `limit` jobs, newest first. The next page is `before` the last id of this one."""
-    where = "AND j.state = :state " if state else ""
-    where += "AND j.batch_id = :batch " if batch_id else ""
-    where += "AND j.id < :before " if before else ""
+    where = which.conditions + (" AND j.batch_id = :batch" if batch_id else "") + (" AND j.id < :before" if before else "")
     sql = f"{_JOB} WHERE true {_of('j', tenant)} {where} ORDER BY j.id DESC LIMIT :limit"
-    rows = await _rows(db, sql, tenant=tenant, state=state, batch=batch_id, before=before, limit=limit)
+    rows = await _rows(db, sql, tenant=tenant, batch=batch_id, before=before, limit=limit, **which.values)
     return [_job(row) for row in rows]
+
+
+async def dead_letters(db: AsyncEngine, *, which: Selection = ALL, batch_id: UUID | None = None, limit: int = 50) -> list[DeadLetters]:
+    """What ended without an answer, by how and why: up to `limit` groups, the largest first."""
+    where = which.conditions + (" AND j.batch_id = :batch" if batch_id else "")
+    sql = f"""
+    SELECT j.state, j.error ->> 'code' AS code, (
+               SELECT string_agg(concat_ws(': ', p ->> 'provider', p ->> 'reason'), ', ' ORDER BY place)
+               FROM jsonb_array_elements(j.error -> 'providers') WITH ORDINALITY AS providers(p, place)
+           ) AS providers, count(*) AS jobs, max(j.id::text)::uuid AS newest_id, max(j.finished_at) AS last_at
+    FROM jobs j WHERE j.state IN ('failed', 'expired', 'cancelled') {where}
+    GROUP BY 1, 2, 3 ORDER BY jobs DESC, last_at DESC LIMIT :limit
+    """
+    rows = await _rows(db, sql, batch=batch_id, limit=limit, **which.values)
+    return [DeadLetters(**{**row, "state": JobState(row["state"])}) for row in rows]
 
 
 async def calls(db: AsyncEngine, job_id: UUID) -> list[CallView]:

@@ -44,6 +44,18 @@ class JobView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetters:
+    """Jobs that ended without an answer in the same way: `providers` says why each gave none, `newest_id` is the one submitted last."""
+
+    state: JobState
+    code: str | None
+    providers: str | None
+    jobs: int
+    newest_id: UUID
+    last_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallView:
     """One HTTP request to a provider; `outcome` None is under way. `attempt` is the fence it was made under."""
 

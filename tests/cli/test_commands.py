@@ -100,6 +100,13 @@ def check_complaint(ended: Any, code: int, complaint: str) -> None:
         pytest.param(["providers", "open"], 2, "which provider? "),
         (["lanes", "pause"], 2, "pause which lane?"),
         (["jobs", "--state", "lost"], 2, "'lost' is not one of"),
+        (["jobs", "--since", "yesterday"], 2, "write a number and m, h, d or w"),
+        (["jobs", "--since", ""], 2, "write a number and m, h, d or w"),
+        (["retry"], 2, "retry what? Name a batch or a job, or select jobs: --state, --code, --batch, --chain, --since"),
+        (["retry", "--dry-run"], 2, "retry what?"),
+        (["retry", "--state", "succeeded"], 2, "'succeeded' is not one of"),
+        (["retry", "--since", "2"], 2, "write a number and m, h, d or w"),
+        (["retry", "monday", "--batch", "tuesday"], 2, "retry monday or --batch tuesday? Name one of them"),
         (["no-such-command"], 2, "no-such-command"),
     ],
 )
@@ -120,6 +127,9 @@ def test_what_was_typed_wrong_is_told_in_one_line_before_any_server_is_asked(
         (["results", "nothing"], 5, "no batch or job 'nothing'"),
         (["results", NOBODY], 5, "no batch or job"),
         (["retry", "nothing"], 5, "no batch or job 'nothing'"),
+        (["retry", "", "--state", "failed"], 5, "no batch or job ''"),
+        (["retry", "--batch", ""], 5, "no batch ''"),
+        (["retry", "--batch", "nothing"], 5, "no batch 'nothing'"),
         (["cancel", "nothing"], 5, "no batch or job 'nothing'"),
         (["job", "nothing"], 5, "no job 'nothing'"),
         (["job", NOBODY], 5, "no job"),
@@ -396,9 +406,9 @@ def test_jobs_are_listed_by_state_and_batch_newest_first(backstop, database_url)
     assert [job["id"] for job in backstop("jobs", "--state", "failed", "--json").json()] == [ids[1]]
     assert len(backstop("jobs", "--limit", "2", "--json").json()) == 2
     table = [line.split("\t") for line in backstop("jobs").out.splitlines()]
-    assert table[0] == ["job", "state", "lane", "chain", "provider", "calls", "USD", "created"]
+    assert table[0] == ["job", "state", "code", "lane", "chain", "provider", "calls", "USD", "created"]
     assert len(table) == 5
-    assert {len(row) for row in table} == {8}
+    assert {len(row) for row in table} == {9}
 
 
 def test_a_job_shows_its_answer_and_the_timeline_of_its_calls(backstop, database_url):
@@ -435,6 +445,50 @@ def test_retry_queues_what_was_not_answered_once_more(backstop, database_url):
     assert backstop("retry", "monday").out == "1 queued once more\n"
     assert states(database_url) == ["succeeded", "queued", "queued"]
     assert backstop("retry", good, "--json").json() == {"requeued": 0}
+
+
+def test_retry_takes_what_its_jobs_have_in_common_and_counts_first(backstop, database_url):
+    a_batch(database_url, [JobState.SUCCEEDED, JobState.FAILED, JobState.EXPIRED, JobState.FAILED])
+    a_batch(database_url, [JobState.FAILED], "tuesday")
+    sql(database_url, "UPDATE jobs SET error = jsonb_set(error, '{code}', '\"worker_died\"') WHERE ordinal = 4")
+    before = states(database_url)
+    dry = backstop("retry", "--batch", "monday", "--dry-run")
+    assert (dry.code, dry.out, dry.err) == (0, "nothing was queued\n", "to be queued: 3, 2 failed, 1 expired\n")
+    assert backstop("retry", "--code", "worker_died", "--dry-run", "--json").json() == {"would_requeue": {"failed": 1}}
+    assert backstop("retry", "--code", "nothing", "--dry-run", "--json").json() == {"would_requeue": {}}
+    assert states(database_url) == before
+    poison = backstop("retry", "--code", "worker_died", "--since", "1h")
+    assert (poison.out, poison.err) == ("1 queued once more\n", "to be queued: 1, 1 failed\n")
+    assert backstop("retry", "monday", "--state", "expired", "--json").json() == {"requeued": 1}
+    assert backstop("retry", "--chain", "default", "--state", "failed", "--json").json() == {"requeued": 2}
+    assert sorted(states(database_url)) == ["queued"] * 4 + ["succeeded"]
+
+
+def test_the_dead_are_counted_by_what_they_died_of_with_the_newest_to_look_at(backstop, database_url):
+    ids = a_batch(database_url, [JobState.SUCCEEDED, JobState.FAILED, JobState.FAILED, JobState.EXPIRED])
+    table = [line.split("\t") for line in backstop("jobs", "--dead").out.splitlines()]
+    assert table[0] == ["state", "code", "providers", "jobs", "newest", "last ended"]
+    assert [row[:5] for row in table[1:]] == [["failed", "all_failed", "-", "2", ids[2]], ["expired", "all_failed", "-", "1", ids[3]]]
+    (row,) = backstop("jobs", "--dead", "--state", "expired", "--json").json()
+    assert (row["code"], row["jobs"], row["newest_id"]) == ("all_failed", 1, ids[3])
+    assert [job["id"] for job in backstop("jobs", "--code", "all_failed", "--state", "failed", "--json").json()] == [ids[2], ids[1]]
+    assert backstop("jobs", "--chain", "other", "--json").json() == []
+
+
+def test_the_doctor_repairs_what_is_stuck_and_says_so_and_once_is_enough(backstop, database_url):
+    a_batch(database_url, [JobState.SUCCEEDED, JobState.FAILED])
+    sql(database_url, "UPDATE batches SET failed = 0")
+    sql(database_url, "DELETE FROM workers")
+    looked = backstop("doctor", "--json")
+    (stuck,) = [row for row in looked.json() if not row["ok"]]
+    assert (looked.code, stuck["name"], stuck["count"], stuck["mended"]) == (1, "batch counters", 1, 0)
+    repaired = backstop("doctor", "--repair")
+    assert (repaired.code, repaired.err) == (0, "")
+    (line,) = [line for line in repaired.out.splitlines() if "batch counters" in line]
+    assert line.split("\t")[0] == "mended"
+    assert line.split("\t")[2].endswith("such as monday; 1 counted again")
+    assert {line.split("\t")[0] for line in backstop("doctor", "--repair").out.splitlines()[1:]} == {"ok"}
+    assert backstop("doctor").code == 0
 
 
 def test_cancel_ends_what_is_queued_and_no_more(backstop, database_url):

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import reduce
 from pathlib import Path
 from uuid import UUID
 
@@ -13,12 +14,13 @@ import click
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import reads
-from worker.cli.screen import job_json, json_option, money, progress, say, show_json, show_table
+from worker.cli.screen import Command, job_json, json_option, money, progress, say, show_json, show_table
 from worker.cli.session import with_ledger
 from worker.errors import NotFound, PartlyFailed, UsageError
 from worker.export import ExportRow, replacing, write_csv, write_jsonl
 from worker.job import JobState
 from worker.reads import ago, uuid_or_none
+from worker.selection import Selection
 from worker.views import BatchView, CallView, CostKey, JobView
 from worker.wiring import Connections
 
@@ -142,29 +144,61 @@ async def _rows(db: AsyncEngine, batch_id: UUID) -> AsyncIterator[ExportRow]:
         after = page[-1].ordinal or 0
 
 
+def selecting(*states: JobState) -> Callable[[Command], Command]:
+    """The options that name jobs by what they are; `selection` and `batch_id_of` make something of them."""
+    options = (
+        click.option("--state", type=click.Choice([state.value for state in states]), help="Only jobs in this state."),
+        click.option("--code", help="Only jobs with this error code, as `backstop jobs --dead` shows it."),
+        click.option("--batch", "batch_name", metavar="BATCH", help="Only jobs of this batch."),
+        click.option("--chain", help="Only jobs of this chain."),
+        click.option("--since", help="Only jobs that ended (or came, if they have not) so long ago or less: 30m, 2h, 7d."),
+    )
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def selection(state: str | None, code: str | None, chain: str | None, since: str | None) -> Selection:
+    """Raises UsageError when `since` is no span of time."""
+    return Selection(state=JobState(state) if state else None, code=code, chain=chain, since=None if since is None else ago(since))
+
+
+async def batch_id_of(db: AsyncEngine, name: str | None) -> UUID | None:
+    """The id of the batch that was named, None where none was. Raises NotFound."""
+    if name is None:
+        return None
+    batch = await reads.batch(db, name)
+    if batch is None:
+        raise NotFound(f"no batch {name!r}")
+    return batch.id
+
+
 @click.command()
-@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only jobs in this state.")
-@click.option("--batch", "batch_name", help="Only jobs of this batch.")
+@selecting(*JobState)
+@click.option("--dead", is_flag=True, help="What ended without an answer, counted by how and why.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 1000))
 @json_option
-def jobs(state: str | None, batch_name: str | None, limit: int, as_json: bool) -> None:
-    """Jobs, newest first."""
+def jobs(
+    state: str | None, code: str | None, batch_name: str | None, chain: str | None, since: str | None, dead: bool, limit: int, as_json: bool
+) -> None:
+    """Jobs, newest first; or, with --dead, why jobs were not answered."""
+    which = selection(state, code, chain, since)
 
     async def look(open_: Connections) -> None:
-        batch_id = None
-        if batch_name:
-            batch = await reads.batch(open_.db, batch_name)
-            if batch is None:
-                raise NotFound(f"no batch {batch_name!r}")
-            batch_id = batch.id
-        found = await reads.jobs(open_.db, state=JobState(state) if state else None, batch_id=batch_id, limit=limit)
+        batch_id = await batch_id_of(open_.db, batch_name)
+        if dead:
+            letters = await reads.dead_letters(open_.db, which=which, batch_id=batch_id, limit=limit)
+            show_json(letters) if as_json else show_table(
+                ("state", "code", "providers", "jobs", "newest", "last ended"),
+                ((d.state, d.code, d.providers, d.jobs, d.newest_id, d.last_at) for d in letters),
+            )
+            return
+        found = await reads.jobs(open_.db, which=which, batch_id=batch_id, limit=limit)
         if as_json:
             show_json([job_json(one) for one in found])
             return
         show_table(
-            ("job", "state", "lane", "chain", "provider", "calls", "USD", "created"),
-            ((j.id, j.state, j.lane, j.chain, j.answer.provider if j.answer else None, j.calls, money(j.cost_usd), j.created_at)
-             for j in found),
+            ("job", "state", "code", "lane", "chain", "provider", "calls", "USD", "created"),
+            ((j.id, j.state, (j.error or {}).get("code"), j.lane, j.chain, j.answer.provider if j.answer else None, j.calls,
+              money(j.cost_usd), j.created_at) for j in found),
         )  # fmt: skip
 
     with_ledger(look)

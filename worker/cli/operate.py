@@ -9,29 +9,59 @@ from sqlalchemy import text
 
 from worker import keys as api_keys
 from worker import reads
-from worker.cli.look import target
+from worker.cli.look import batch_id_of, selecting, selection, target
 from worker.cli.screen import json_option, money, say, show_json, show_table
 from worker.cli.session import with_ledger
 from worker.config import load
 from worker.errors import NotFound, UsageError
 from worker.intervene import cancel as cancel_jobs
-from worker.intervene import requeue
-from worker.job import Lane
+from worker.intervene import requeue, requeueable
+from worker.job import JobState, Lane
+from worker.selection import ALL
 from worker.settings import read_settings
-from worker.views import BatchView
+from worker.views import BatchView, JobView
 from worker.wiring import Connections
 
 
 @click.command()
-@click.argument("name", metavar="BATCH|JOB")
+@click.argument("name", metavar="[BATCH|JOB]", required=False)
+@selecting(JobState.FAILED, JobState.EXPIRED, JobState.CANCELLED)
+@click.option("--dry-run", is_flag=True, help="Only count them.")
 @json_option
-def retry(name: str, as_json: bool) -> None:
-    """Queues what failed, was cancelled or expired once more, with fresh attempts; answered jobs stay as they are."""
+def retry(
+    name: str | None,
+    state: str | None,
+    code: str | None,
+    batch_name: str | None,
+    chain: str | None,
+    since: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Queues what failed, was cancelled or expired once more, with fresh attempts; answered jobs stay as they are.
+
+    A batch or a job, or all that the options select: `backstop retry --code all_providers_failed --since 2h`.
+    See `backstop jobs --dead` for what there is.
+
+    May pay twice: a call may have been billed although its answer never came. Always possible for the codes worker_died (workers
+    died holding the job: it may do it again) and billing_unknown; `backstop job ID` shows their calls.
+    """
+    which = selection(state, code, chain, since)
+    if name is None and batch_name is None and which == ALL:
+        raise UsageError("retry what? Name a batch or a job, or select jobs: --state, --code, --batch, --chain, --since")
+    if name is not None and batch_name is not None:
+        raise UsageError(f"retry {name} or --batch {batch_name}? Name one of them")
 
     async def again(open_: Connections) -> None:
-        found = await target(open_.db, name)
-        batch = isinstance(found, BatchView)
-        count = await requeue(open_.db, batch_id=found.id) if batch else await requeue(open_.db, job_ids=[found.id])
+        found = await target(open_.db, name) if name is not None else None
+        job_ids = [found.id] if isinstance(found, JobView) else None
+        batch_id = found.id if isinstance(found, BatchView) else await batch_id_of(open_.db, batch_name)
+        counts = await requeueable(open_.db, job_ids=job_ids, batch_id=batch_id, which=which)
+        say(f"to be queued: {sum(counts.values())}" + "".join(f", {count} {ended}" for ended, count in counts.items()))
+        if dry_run:
+            show_json({"would_requeue": counts}) if as_json else click.echo("nothing was queued")
+            return
+        count = await requeue(open_.db, job_ids=job_ids, batch_id=batch_id, which=which)
         show_json({"requeued": count}) if as_json else click.echo(f"{count} queued once more")
 
     with_ledger(again)

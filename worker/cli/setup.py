@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 
 import click
 
-from worker import database
+from worker import database, events
 from worker.cli.screen import json_option, say, show_json, show_table
-from worker.doctor import examine
+from worker.doctor import Finding, examine
 from worker.embedded.servers import provided
 from worker.errors import BackstopError
 from worker.settings import read_settings
@@ -45,13 +46,27 @@ def db_check(as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--repair", is_flag=True, help="Mend what is stuck in the ledger, where that is safe.")
 @json_option
-def doctor(as_json: bool) -> None:
-    """Looks at everything that must be right before jobs can run, and says how to mend what is not."""
-    findings = asyncio.run(examine(read_settings()))
+def doctor(repair: bool, as_json: bool) -> None:
+    """Looks at everything that must be right before jobs can run, and at what is stuck; says how to mend what is not right.
+
+    Exit 1 while anything is not. May run at any time, beside any number of workers: what is healthy is not touched.
+    """
+    settings = read_settings()
+    # What goes wrong is said in words by the findings.
+    events.configure(settings.model_copy(update={"log_level": "critical"}))
+    with provided(settings) if repair else nullcontext():
+        findings = asyncio.run(examine(settings, mend=repair))
     if as_json:
         show_json(findings)
     else:
-        show_table(("", "what", "found", "remedy"), (("ok" if f.ok else "failed", f.name, f.detail, f.remedy) for f in findings))
+        show_table(("", "what", "found", "remedy"), ((_mark(f), f.name, f.detail, f.remedy) for f in findings))
     if not all(finding.ok for finding in findings):
         raise BackstopError("")
+
+
+def _mark(finding: Finding) -> str:
+    if not finding.ok:
+        return "failed"
+    return "mended" if finding.mended else "ok"

@@ -1,0 +1,160 @@
+"""The workers of a soak at their places, and its API: whoever is lost is replaced at once, as a supervisor would."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID
+
+import httpx
+from fleet import Api, Worker
+from lab import SAMPLE_S, Lab
+from sqlalchemy.exc import DBAPIError
+
+LOOK_S = 0.02
+START_LOOK_S = 0.1  # a worker takes seconds to start, all of the machine's
+BUSY_S = 5.0
+_REGISTERED = "SELECT FROM workers WHERE pid = :pid AND state = 'live'"
+_STILL_HELD = "SELECT FROM jobs WHERE worker_id = ANY(CAST(:ids AS uuid[])) AND state = 'running' LIMIT 1"
+
+
+class Crew:
+    """Inside `async with`: `size` live workers and an API.
+
+    `hands` is held by who lays hands on workers, `ledger` by who breaks Postgres: what a dead worker held is noted while it stands.
+    """
+
+    def __init__(self, lab: Lab, size: int) -> None:
+        self.lab = lab
+        self.size = size
+        self.workers: list[Worker] = []
+        self.api: Api
+        self.http: httpx.AsyncClient
+        self.hands = asyncio.Lock()
+        self.ledger = asyncio.Lock()
+        self._numbers = count(1)
+        self._clients: list[httpx.AsyncClient] = []
+
+    async def __aenter__(self) -> Self:
+        self.workers = list(await asyncio.gather(*(self._hired() for _ in range(self.size))))
+        await self.open_api()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self._clients:
+            await client.aclose()
+
+    async def kill(self, places: Sequence[int], *, beside: Callable[[], Awaitable[None]] | None = None) -> None:
+        """SIGKILL at work, and `beside` in the same moment. Afterwards all places are taken and the jobs of the dead are free again.
+
+        From that moment on they stand still, as the dead do. What they held is noted when Postgres stands, and then they are killed.
+        """
+        async with self.hands:
+            victims = [self.workers[place] for place in places]
+            await self._at_work(victims)
+            for victim in victims:
+                victim.freeze()
+            if beside:
+                await beside()
+            async with self.ledger:
+                ids = [await victim.ids() for victim in victims]
+                await asyncio.gather(*(victim.kill() for victim in victims))
+            names = {victim.name: of for victim, of in zip(victims, ids, strict=True)}
+            notes = [note for note in self.lab.history.events("killed") if note["worker"] in names]
+            rescues = [self._rescued(note, names[note["worker"]]) for note in notes]
+            await asyncio.gather(*rescues, *(self._replace(place) for place in places))
+
+    async def freeze(self, places: Sequence[int], for_s: float) -> None:
+        """SIGSTOP and SIGCONT: shorter than the TTL, nobody may notice."""
+        async with self.hands:
+            frozen = [self.workers[place] for place in places]
+            for worker in frozen:
+                worker.freeze()
+            await asyncio.sleep(for_s)
+            for worker in frozen:
+                worker.thaw()
+
+    async def replace_politely(self, places: Iterable[int]) -> None:
+        """One after the other: the new one is live, then SIGTERM, and the old one has drained. Raises AssertionError if it did not."""
+        async with self.hands:
+            for place in places:
+                old = self.workers[place]
+                await self._replace(place)
+                old.terminate()
+                code = await old.ended()
+                self.lab.history.note("drained", worker=old.name, code=code)
+                assert code == 0, f"worker {old.name} was to drain and ended with {code}: {old.last_words()}"
+
+    async def open_api(self) -> None:
+        """A live API, which everybody asks from now on."""
+        while True:
+            with suppress(DBAPIError):  # of the key, when Postgres is just away
+                self.api = await self.lab.api()
+                break
+            await asyncio.sleep(0.2)
+        self.http = self.api.client()
+        self._clients.append(self.http)
+
+    async def kill_api(self) -> None:
+        """SIGKILL; another takes its place at another port."""
+        await self.api.gone()
+        await self.open_api()
+
+    async def look_after(self) -> None:
+        """For ever: what the API holds goes into the history. The lab does it for workers and Redis."""
+        while True:
+            self.lab.history.note("sample", api_rss=_rss_bytes(self.api.process.pid))
+            await asyncio.sleep(SAMPLE_S)
+
+    async def _hired(self) -> Worker:
+        worker = await self.lab.worker(f"worker-{next(self._numbers)}")
+        while worker.alive() and not await self._found(_REGISTERED, pid=worker.pid):  # noqa: ASYNC110 - as below
+            await asyncio.sleep(START_LOOK_S)
+        await worker.live()
+        return worker
+
+    async def _replace(self, place: int) -> None:
+        self.workers[place] = await self._hired()
+
+    async def _at_work(self, workers: Sequence[Worker]) -> None:
+        """Each of them runs a job, unless there is none to be had for `BUSY_S`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(BUSY_S):
+                for worker in workers:
+                    while not await self._still_held(await self._ids(worker)):  # noqa: ASYNC110 - the event is another process's
+                        await asyncio.sleep(LOOK_S)
+
+    async def _ids(self, worker: Worker) -> list[UUID]:
+        try:
+            return await worker.ids()
+        except DBAPIError:
+            return []
+
+    async def _rescued(self, death: Mapping[str, Any], ids: list[UUID]) -> None:
+        """The history says how long after its death the jobs it held were free again."""
+        while await self._still_held(ids):  # noqa: ASYNC110 - as above
+            await asyncio.sleep(LOOK_S)
+        took_s = time.time() - death["wall_s"]
+        self.lab.history.note("rescued", worker=death["worker"], died_s=death["wall_s"], took_s=took_s, held=len(death["held"]))
+
+    async def _still_held(self, ids: list[UUID]) -> bool:
+        return await self._found(_STILL_HELD, ids=ids, otherwise=True)
+
+    async def _found(self, sql: str, *, otherwise: bool = False, **values: Any) -> bool:
+        """Whether the query has rows; `otherwise` while Postgres is away."""
+        try:
+            return bool(await self.lab.rows(sql, **values))
+        except DBAPIError:
+            return otherwise
+
+
+def _rss_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
