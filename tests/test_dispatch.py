@@ -134,6 +134,17 @@ def test_what_is_due_first_is_published_first_and_what_is_not_due_not_at_all(dat
     play(database_url, story)
 
 
+def test_a_lane_that_this_version_does_not_know_is_left_alone(database_url, redis_url):
+    async def story(db):
+        await rows(db, "INSERT INTO lanes (name) VALUES ('express')")
+        await a_batch(db, 10)
+        mailbox = Mailbox()
+        async with a_leader(db, redis_url, mailbox) as leader:
+            assert await leader.tick() == 10
+
+    play(database_url, story)
+
+
 async def _in_flight(db):
     sql = "SELECT deaths, count(*) AS n FROM jobs WHERE state = 'running' OR dispatched_at IS NOT NULL GROUP BY deaths ORDER BY deaths"
     return {row.deaths: row.n for row in await rows(db, sql)}

@@ -608,3 +608,13 @@ def test_what_an_earlier_provider_said_is_booked_when_the_next_call_is_opened_an
         assert [call.outcome for call in await calls(db, claimed.job_id)] == ["server_error", "answered"]
 
     play(database_url, story)
+
+
+def test_a_job_whose_request_is_gone_fails_and_is_not_claimed_for_ever(database_url):
+    async def story(db):
+        _, ids = await a_batch(db, 2)
+        await rows(db, "DELETE FROM job_requests WHERE job_id = :id", id=ids[0])
+        assert [claimed.job_id for claimed in await take(db, ids)] == [ids[1]]
+        assert (await job(db, ids[0])).error["code"] == "unreadable_request"
+
+    play(database_url, story)

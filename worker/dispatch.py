@@ -101,7 +101,7 @@ class Dispatcher:
             self._epoch = epoch
 
     async def _free(self) -> dict[Lane, int]:
-        rows = await self._db.execute(_WINDOWS)
+        rows = await self._db.execute(_WINDOWS, {"lanes": list(Lane)})
         free: dict[Lane, int] = {}
         for row in rows:
             lane = Lane(row.lane)
@@ -162,7 +162,7 @@ _WINDOWS = text("""
 SELECT l.name AS lane, l.paused,
     (SELECT count(*) FROM jobs j WHERE j.lane = l.name AND j.state = 'queued' AND j.dispatched_at IS NOT NULL) AS published,
     (SELECT coalesce(sum(w.slots), 0) FROM workers w WHERE w.state = 'live' AND l.name = ANY(string_to_array(w.lanes, ','))) AS slots
-FROM lanes l ORDER BY l.name DESC
+FROM lanes l WHERE l.name = ANY(CAST(:lanes AS text[])) ORDER BY l.name DESC
 """)
 
 # What has missed its deadline is left to `expire`: in the window it would only keep others out.

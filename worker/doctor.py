@@ -183,7 +183,7 @@ def _config(path: Path) -> Iterator[Finding]:
 
 
 async def _ledger(url: str, settings: Settings, mend: bool, again_s: float) -> list[Finding]:
-    engine, spooled = database.engine(url), settings.data / "spool"
+    engine, spooled = database.engine(url), spool.place(settings.data)
     try:
         found = await _spooled(engine, spooled, mend)  # first: a rescue would come between an answer and its job
         stuck = await repair.examine(engine, heartbeat_ttl_s=settings.heartbeat_ttl_s, repair=mend, again_s=again_s)

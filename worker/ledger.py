@@ -142,7 +142,7 @@ SELECT c.id, c.fence, c.attempts, c.chain, c.lane, c.tenant, r.request,
         SELECT jsonb_agg(jsonb_build_array(p.provider, p.outcome, p.answer) ORDER BY p.opened_at, p.id)
         FROM provider_calls p WHERE p.job_id = c.id AND p.fence >= c.walk_fence AND p.outcome IS NOT NULL
     ) END AS asked
-FROM claimed c JOIN job_requests r ON r.job_id = c.id LEFT JOIN opened o ON o.job_id = c.id
+FROM claimed c LEFT JOIN job_requests r ON r.job_id = c.id LEFT JOIN opened o ON o.job_id = c.id
 """)
 
 

@@ -17,6 +17,11 @@ from worker.ledger import Settlement, document, settle_documents
 log = structlog.get_logger(__name__)
 
 
+def place(data: Path) -> Path:
+    """Where they are, under `BACKSTOP_DATA`."""
+    return data / "spool"
+
+
 def write(directory: Path, settlements: Sequence[Settlement]) -> Path:
     """The file they are in, on the disk when this returns, for this user's eyes only. Raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker import spool
 from worker.app import publish
 from worker.attempt import Attempts
 from worker.chain import Chain, Station
@@ -39,7 +40,6 @@ from worker.providers.openai import OpenAICompatible
 from worker.resilience.breaker import Breakers
 from worker.settings import Settings
 from worker.slots import Slots
-from worker.spool import replay, write
 from worker.waiting import announce
 
 log = structlog.get_logger(__name__)
@@ -132,7 +132,7 @@ class WorkerProcess:
             announce=_announcer(shared.redis),
             slots={Lane.BULK: Slots(settings.bulk_slots), Lane.INTERACTIVE: Slots(settings.interactive_slots)},
         )
-        await replay(shared.db, settings.data / "spool")
+        await spool.replay(shared.db, spool.place(settings.data))
         await keeper.register()
         gc.freeze()  # what is there now stays: each full collection went through it, a pause of 80 ms
         return cls(settings, keeper, attempts, shared.db, open_)
@@ -141,7 +141,7 @@ class WorkerProcess:
         """No new claims; running calls had `drain_s` to finish, the others were released; then everything is closed."""
         left = await self.attempts.drain(self._settings.drain_s)
         if left:
-            log.warning("spooled", endings=len(left), file=str(write(self._settings.data / "spool", left)))
+            log.warning("spooled", endings=len(left), file=str(spool.write(spool.place(self._settings.data), left)))
         await cancel_surely(self._loops)
         with suppress(DBAPIError):  # Postgres is away: its jobs are rescued when the heartbeat is old
             await self._keeper.retire()
