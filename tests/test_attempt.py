@@ -85,6 +85,7 @@ class Bench:
     attempts: Attempts
     slots: Slots
     announced: list[UUID]
+    fresh: asyncio.Event
 
     async def jobs(self, count: int = 1, **more: Any) -> list[UUID]:
         made = [
@@ -110,7 +111,7 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    database_url: str, one: Play, two: Play | None = None, *, slots: int = 10, db: AsyncEngine | None = None
+    database_url: str, one: Play, two: Play | None = None, *, slots: int = 10, db: AsyncEngine | None = None, cut_off: bool = False
 ) -> AsyncIterator[Bench]:
     db = db or engine(database_url)
     providers = {name: Scripted(name, play or always(said())) for name, play in (("one", one), ("two", two))}
@@ -118,6 +119,9 @@ async def bench(
         name: Station(provider=providers[name], config=config, pricing=Pricing.of(config)) for name, config in CONFIG.providers.items()
     }
     announced: list[UUID] = []
+    fresh = asyncio.Event()
+    if not cut_off:
+        fresh.set()
     worker_id = new_id()
     registering = engine(database_url)
     async with registering.connect() as connection:
@@ -134,12 +138,13 @@ async def bench(
         CONFIG,
         Chain(stations, Breakers(None), Group(partial(open_calls, db)), lambda _: True),
         worker_id=lambda: worker_id,
+        fresh=lambda: fresh.is_set(),
         seems_closed=lambda provider: True,
         announce=announce,
         slots=dict.fromkeys(Lane, shared),
     )
     try:
-        yield Bench(db, providers, attempts, shared, announced)
+        yield Bench(db, providers, attempts, shared, announced, fresh)
     finally:
         await db.dispose()
 
@@ -613,6 +618,19 @@ def test_a_draining_worker_claims_nothing_and_withdraws_what_it_was_sent(databas
             assert await it.attempts.run_pack(delivery, ids, Lane.BULK) == {}
             assert [(row.state, row.fence, row.dispatched_at) for row in await it.rows("jobs")] == [("queued", 0, None)] * 2
             assert it.free_slots() == 10
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_is_cut_off_claims_nothing_until_it_is_heard_of_again(database_url):
+    async def main() -> None:
+        async with bench(database_url, always(said()), cut_off=True) as it:
+            pack = asyncio.create_task(it.run(await it.jobs(2)))
+            await until(lambda: it.attempts.waiting)
+            assert [row.state for row in await it.rows("jobs")] == ["queued", "queued"]
+            assert it.free_slots() == 10
+            it.fresh.set()
+            assert await pack == {"succeeded": 2}
 
     asyncio.run(main())
 

@@ -184,7 +184,8 @@ def test_a_leader_whose_connection_gives_no_sign_of_life_loses_its_lock(database
             pid = (await rows(frozen, "SELECT pg_backend_pid() AS pid FROM pg_advisory_lock(:lock)", lock=LEADER_LOCK))[0].pid
             async with at_work(keeper.lead()):
                 assert await leader_pid(db, other_than=pid) != pid
-            await frozen.invalidate()
+                await a_batch(db, 20)
+                await until(db, "SELECT FROM jobs WHERE dispatched_at IS NOT NULL HAVING count(*) = 20")
 
     play(database_url, story)
 

@@ -37,6 +37,7 @@ from worker.errors import UsageError
 from worker.intervene import Cancelled, cancel, requeue
 from worker.job import JobState, new_id
 from worker.ledger import NewCall, claim, open_calls, settle
+from worker.loop import cancel_surely
 from worker.rescue import expire, release, rescue
 from worker.signals import Signal
 from worker.submit import Row, add_rows, close_batch
@@ -57,16 +58,15 @@ class Pinned:
 
 
 async def meet(db, first, second):
-    """Their values. The second came while the first was done and not yet committed, and waited for it or passed by."""
+    """Their values, and whether the second, which came while the first was done and not yet committed, waited for it."""
     async with transaction(db) as connection:
         value = await first(Pinned(connection))
         coming = asyncio.create_task(second(db))
         waiting = asyncio.create_task(blocked(db, 1))
         await asyncio.wait({coming, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    with suppress(asyncio.CancelledError):
-        await waiting
-    return value, await coming
+    waited = waiting.done()
+    await cancel_surely([waiting])
+    return value, await coming, waited
 
 
 def by_the_leader(mend, *arguments):
@@ -89,8 +89,8 @@ def test_a_claim_passes_by_a_job_that_is_being_rescued_and_finds_it_afterwards(d
     async def story(db):
         job_id, other = await a_job(db), await a_worker(db)
         await held_by(db, [job_id], "dead")
-        rescued, claims = await meet(db, by_the_leader(rescue), lambda db: claim(db, [job_id], other, FIRST))
-        assert (rescued, claims) == ([job_id], [])
+        meeting = await meet(db, by_the_leader(rescue), lambda db: claim(db, [job_id], other, FIRST))
+        assert meeting == ([job_id], [], False)
         assert [claimed.fence for claimed in await take(db, [job_id])] == [2]
 
     play(database_url, story)
@@ -104,8 +104,8 @@ def test_a_claim_that_commits_after_its_worker_was_buried_and_the_jobs_rescued_i
             await rows(db, "UPDATE workers SET state = 'dead' WHERE id = :id", id=worker_id)
             return await by_the_leader(rescue)(db)
 
-        claims, rescued = await meet(db, lambda db: claim(db, [job_id], worker_id, FIRST), bury)
-        assert (len(claims), rescued) == (1, [])
+        claims, rescued, waited = await meet(db, lambda db: claim(db, [job_id], worker_id, FIRST), bury)
+        assert (len(claims), rescued, waited) == (1, [], False)
         assert await by_the_leader(rescue)(db) == [job_id]
         assert [call.outcome for call in await calls(db, job_id)] == ["orphaned"]
 
@@ -115,8 +115,8 @@ def test_a_claim_that_commits_after_its_worker_was_buried_and_the_jobs_rescued_i
 def test_a_cancel_that_waits_for_a_claim_flags_what_runs_by_then(database_url):
     async def story(db):
         (_, ids), worker_id = await a_batch(db, 1), await a_worker(db)
-        claims, cancelled = await meet(db, lambda db: claim(db, ids, worker_id, FIRST), lambda db: cancel(db, job_ids=ids))
-        assert (len(claims), cancelled) == (1, Cancelled(cancelled=0, flagged=1))
+        claims, *rest = await meet(db, lambda db: claim(db, ids, worker_id, FIRST), lambda db: cancel(db, job_ids=ids))
+        assert (len(claims), *rest) == (1, Cancelled(cancelled=0, flagged=1), True)
         assert (await job(db, ids[0])).cancel_requested
         await counters_are_exact(db)
 
@@ -144,8 +144,8 @@ async def add_more(db, opened):
 def test_a_cancel_of_a_batch_reaches_rows_that_were_just_being_added(database_url):
     async def story(db):
         opened, _ = await a_batch(db, 2, closed=False)
-        values = await meet(db, lambda db: add_more(db, opened), lambda db: cancel(db, batch_id=opened.id))
-        assert values == ([3], Cancelled(cancelled=5, flagged=0))
+        meeting = await meet(db, lambda db: add_more(db, opened), lambda db: cancel(db, batch_id=opened.id))
+        assert meeting == ([3], Cancelled(cancelled=5, flagged=0), True)
         assert (await batch(db, opened.id)).state == "finished"
         await counters_are_exact(db)
 
@@ -155,8 +155,8 @@ def test_a_cancel_of_a_batch_reaches_rows_that_were_just_being_added(database_ur
 def test_rows_that_come_while_their_batch_is_cancelled_are_refused(database_url):
     async def story(db):
         opened, _ = await a_batch(db, 2, closed=False)
-        values = await meet(db, lambda db: cancel(db, batch_id=opened.id), lambda db: add_more(db, opened))
-        assert values == (Cancelled(cancelled=2, flagged=0), None)
+        meeting = await meet(db, lambda db: cancel(db, batch_id=opened.id), lambda db: add_more(db, opened))
+        assert meeting == (Cancelled(cancelled=2, flagged=0), None, True)
         assert (await batch(db, opened.id)).total == 2
         await counters_are_exact(db)
 
@@ -173,9 +173,10 @@ def test_two_leaders_at_once_put_no_job_into_two_messages_and_exceed_the_window_
             async with db.connect() as connection:
                 return await Dispatcher(connection, redis, mailbox.publish, pack_size=10, dispatch_ttl_s=30).tick()
 
-        first, second = await meet(db, tick, tick)
+        first, second, waited = await meet(db, tick, tick)
         published = [job_id for _, _, job_ids in mailbox.messages for job_id in job_ids]
         assert first == 20 >= second
+        assert not waited
         assert len(set(published)) == len(published) == first + second
         assert await tick(db) == 20  # by a third, which trusts neither
         assert set(published) <= set(ids)
@@ -189,8 +190,8 @@ def test_a_settle_sent_again_while_the_first_is_still_under_way_changes_nothing(
         _, ids = await a_batch(db, 2)
         claims = await take(db, ids)
         group = [answered(claims[0]), ending(claims[1], FAILED, counted=True)]
-        first, again = await meet(db, lambda db: settle(db, group), lambda db: settle(db, group, again=True))
-        assert (first, again) == ([True, True], [True, True])
+        meeting = await meet(db, lambda db: settle(db, group), lambda db: settle(db, group, again=True))
+        assert meeting == ([True, True], [True, True], True)
         assert [len(await results(db, job_id)) for job_id in ids] == [1, 0]
         assert [call.answer for call in await calls(db, ids[0])] == [None]
         assert (await job(db, ids[1])).attempts == 1
@@ -199,13 +200,13 @@ def test_a_settle_sent_again_while_the_first_is_still_under_way_changes_nothing(
     play(database_url, story)
 
 
-def test_a_late_settle_that_waits_for_a_requeue_is_refused(database_url):
+def test_a_late_settle_is_refused_while_its_job_is_requeued(database_url):
     async def story(db):
         _, ids = await a_batch(db, 1)
         (claimed,) = await take(db, ids)
         await settle(db, [ending(claimed, FAILED)])
-        requeued, held = await meet(db, lambda db: requeue(db, job_ids=ids), lambda db: settle(db, [answered(claimed)]))
-        assert (requeued, held) == (1, [False])
+        meeting = await meet(db, lambda db: requeue(db, job_ids=ids), lambda db: settle(db, [answered(claimed)]))
+        assert meeting == (1, [False], False)
         assert ((await job(db, ids[0])).state, await results(db, ids[0])) == ("queued", [])
         await counters_are_exact(db)
 
@@ -217,8 +218,8 @@ def test_a_claim_passes_by_a_job_that_is_expiring(database_url):
         (_, ids), worker_id = await a_batch(db, 1), await a_worker(db)
         await rows(db, "UPDATE jobs SET deadline_at = clock_timestamp() + interval '50 ms'")
         await until(db, "SELECT FROM jobs WHERE deadline_at <= now()")
-        expired, claims = await meet(db, by_the_leader(expire), lambda db: claim(db, ids, worker_id, FIRST))
-        assert (expired, claims) == (ids, [])
+        meeting = await meet(db, by_the_leader(expire), lambda db: claim(db, ids, worker_id, FIRST))
+        assert meeting == (ids, [], False)
         await counters_are_exact(db)
 
     play(database_url, story)
@@ -228,8 +229,8 @@ def test_a_settle_that_waits_for_a_release_is_refused(database_url):
     async def story(db):
         _, ids = await a_batch(db, 1)
         worker_id, (claimed,) = await held_by(db, ids)
-        released, held = await meet(db, by_the_leader(release, worker_id, {ids[0]: 1}), lambda db: settle(db, [answered(claimed)]))
-        assert (released, held) == (ids, [False])
+        meeting = await meet(db, by_the_leader(release, worker_id, {ids[0]: 1}), lambda db: settle(db, [answered(claimed)]))
+        assert meeting == (ids, [False], True)
         assert ((await job(db, ids[0])).state, await results(db, ids[0])) == ("queued", [])
 
     play(database_url, story)
@@ -239,8 +240,8 @@ def test_a_release_passes_by_a_job_that_is_being_settled(database_url):
     async def story(db):
         _, ids = await a_batch(db, 1)
         worker_id, (claimed,) = await held_by(db, ids)
-        held, released = await meet(db, lambda db: settle(db, [answered(claimed)]), by_the_leader(release, worker_id, {ids[0]: 1}))
-        assert (held, released) == ([True], [])
+        meeting = await meet(db, lambda db: settle(db, [answered(claimed)]), by_the_leader(release, worker_id, {ids[0]: 1}))
+        assert meeting == ([True], [], False)
         assert [call.outcome for call in await calls(db, ids[0])] == ["answered"]
 
     play(database_url, story)
@@ -253,9 +254,9 @@ def a_new_call(claimed):
 def test_no_call_is_opened_while_its_job_is_rescued(database_url):
     async def story(db):
         _, claims = await held_by(db, [await a_job(db)], "dead")
-        rescued, opened = await meet(db, by_the_leader(rescue), lambda db: open_calls(db, [a_new_call(claims[0])]))
-        assert (rescued, opened) == ([claims[0].job_id], [False])
-        assert [call.outcome for call in await calls(db, rescued[0])] == ["orphaned"]
+        meeting = await meet(db, by_the_leader(rescue), lambda db: open_calls(db, [a_new_call(claims[0])]))
+        assert meeting == ([claims[0].job_id], [False], False)
+        assert [call.outcome for call in await calls(db, claims[0].job_id)] == ["orphaned"]
 
     play(database_url, story)
 
@@ -263,8 +264,8 @@ def test_no_call_is_opened_while_its_job_is_rescued(database_url):
 def test_a_rescue_passes_by_a_job_whose_call_is_being_opened_and_orphans_the_call_next_time(database_url):
     async def story(db):
         _, claims = await held_by(db, [await a_job(db)], "dead")
-        opened, rescued = await meet(db, lambda db: open_calls(db, [a_new_call(claims[0])]), by_the_leader(rescue))
-        assert (opened, rescued) == ([True], [])
+        meeting = await meet(db, lambda db: open_calls(db, [a_new_call(claims[0])]), by_the_leader(rescue))
+        assert meeting == ([True], [], False)
         assert await by_the_leader(rescue)(db) == [claims[0].job_id]
         assert [call.outcome for call in await calls(db, claims[0].job_id)] == ["orphaned", "orphaned"]
 
@@ -341,6 +342,50 @@ def test_whatever_comes_while_something_else_is_under_way_the_ledger_stays_sound
     play(database_url, story)
 
 
+WAIT = {
+    "settle": lambda db, claims: settle(db, [unanswered(claimed, QUEUED) for claimed in claims]),
+    "cancel": lambda db, claims: cancel(db, job_ids=[claimed.job_id for claimed in claims]),
+    "requeue": lambda db, claims: requeue(db, job_ids=[claimed.job_id for claimed in claims]),
+}
+
+
+@pytest.mark.parametrize("what", WAIT)
+def test_who_waits_for_a_job_holds_those_with_lower_ids_and_no_other(database_url, what):
+    async def story(db):
+        _, ids = await a_batch(db, 9)
+        claims = await take(db, ids)
+        if what == "requeue":
+            await settle(db, [unanswered(claimed, FAILED) for claimed in claims])
+        for job_id in reversed(ids):  # so that they do not lie in the order of their ids
+            await rows(db, "UPDATE jobs SET metadata = '{}' WHERE id = :id", id=job_id)
+        async with transaction(db) as holder:
+            await rows(holder, "SELECT FROM jobs WHERE id = :id FOR UPDATE", id=ids[4])
+            waiting = asyncio.create_task(WAIT[what](db, claims[::-1]))
+            await blocked(db, 1)
+            free = await rows(db, "SELECT id FROM jobs FOR UPDATE SKIP LOCKED")
+            assert {row.id for row in free} == set(ids[5:])
+        await waiting
+
+    play(database_url, story)
+
+
+def test_who_waits_for_a_batch_holds_those_with_lower_ids_and_no_other(database_url):
+    async def story(db):
+        opened = [await a_batch(db, 1, str(number)) for number in range(5)]
+        claims = await take(db, [ids[0] for _, ids in reversed(opened)])
+        for one, _ in reversed(opened):
+            await rows(db, "UPDATE batches SET weight = 2 WHERE id = :id", id=one.id)
+        async with transaction(db) as holder:
+            await rows(holder, "SELECT FROM batches WHERE id = :id FOR UPDATE", id=opened[2][0].id)
+            settling = asyncio.create_task(settle(db, [answered(claimed) for claimed in claims]))
+            await blocked(db, 1)
+            free = await rows(db, "SELECT id FROM batches FOR UPDATE SKIP LOCKED")
+            assert {row.id for row in free} == {one.id for one, _ in opened[3:]}
+        assert all(await settling)
+
+    play(database_url, story)
+
+
 async def deadlocks(db):
     """So many there were in this database. Postgres counts those of a connection when it ends, at the latest."""
     await db.dispose()
@@ -353,12 +398,12 @@ async def deadlocks(db):
 def test_a_storm_of_everything_on_the_same_jobs_knows_no_deadlock(database_url):
     async def story(db):
         dice = random.Random(5)
-        opened = [await a_batch(db, 60, name, closed=False) for name in ("one", "two")]
+        opened = [await a_batch(db, 100, name, closed=False) for name in ("one", "two")]
         ids = [job_id for _, of_batch in opened for job_id in of_batch]
         workers = [await a_worker(db) for _ in range(2)]
 
         async def work():
-            claims = await take(db, dice.sample(ids, 60), dice.choice(workers))
+            claims = await take(db, dice.sample(ids, 100), dice.choice(workers))
             dice.shuffle(claims)
             await open_calls(db, [a_new_call(claimed) for claimed in claims])
             await settle(db, [answered(claimed) if dice.random() < 0.05 else ending(claimed, QUEUED) for claimed in claims[10:]])
@@ -371,16 +416,16 @@ def test_a_storm_of_everything_on_the_same_jobs_knows_no_deadlock(database_url):
             await by_the_leader(release, workers[0], dict.fromkeys(dice.sample(ids, 30), 1))(db)
 
         async def meddle():
-            await cancel(db, job_ids=dice.sample(ids, 20))
+            await cancel(db, job_ids=ids)
             await requeue(db, batch_id=dice.choice(opened)[0].id)
-            await requeue(db, job_ids=dice.sample(ids, 60))
+            await requeue(db, job_ids=ids)
             await withdraw(db, [new_id()])
 
-        async def turns(acts):
-            for act in acts:
+        async def turns(act, count):
+            for _ in range(count):
                 await act()
 
-        await asyncio.gather(*(turns(dice.choices([work, work, mend, meddle], k=12)) for _ in range(8)))
+        await asyncio.gather(*(turns(act, 12) for act in (work, work, mend, meddle, meddle, meddle, meddle, meddle)))
         for one, _ in opened:
             await cancel(db, batch_id=one.id)
         await counters_are_exact(db)

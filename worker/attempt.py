@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
@@ -31,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 LAST_SETTLE_S = 10.0  # at a shutdown Postgres gets so long to take what was paid for
 SETTLE_AGAIN_S = 0.5  # between tries while Postgres is away
+CUT_OFF_S = 0.1  # between looks whether it is back
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class Attempts:
         chain: Chain,
         *,
         worker_id: Callable[[], UUID],
+        fresh: Callable[[], bool],
         seems_closed: Callable[[str], bool],
         announce: Callable[[Sequence[UUID]], Awaitable[None]],
         slots: Mapping[Lane, Slots],
@@ -68,6 +71,7 @@ class Attempts:
         self._config = config
         self._chain = chain
         self._worker_id = worker_id
+        self._fresh = fresh
         self._seems_closed = seems_closed
         self._announce = announce
         self._slots = slots
@@ -107,13 +111,15 @@ class Attempts:
     async def _run_pack(self, delivery_id: UUID, job_ids: Sequence[UUID], slots: Slots) -> Mapping[str, int]:
         self.waiting.add(delivery_id)
         try:
+            await self._until_fresh()
             await slots.take(len(job_ids))
         finally:
             self.waiting.discard(delivery_id)
         claims: list[Claim] = []
         try:
             if self.draining:
-                await withdraw(self._db, [delivery_id])
+                with suppress(SQLAlchemyError):  # the leader misses them
+                    await withdraw(self._db, [delivery_id])
                 return {}
             claims = await self._claim(job_ids)
         finally:
@@ -124,6 +130,11 @@ class Attempts:
                 held.stop(Released())
         states = await asyncio.gather(*(held.task for held in helds if held.task))
         return Counter(str(state) for state in states)
+
+    async def _until_fresh(self) -> None:
+        """A worker that is cut off from Postgres keeps what it fetched, rather than fetch and fail faster than others can work."""
+        while not (self._fresh() or self.draining):  # noqa: ASYNC110 - time alone makes it stale
+            await asyncio.sleep(CUT_OFF_S)
 
     async def _claim(self, job_ids: Sequence[UUID]) -> list[Claim]:
         self._claiming.update(job_ids)

@@ -56,10 +56,14 @@ class Keeper:
         self._strays: Mapping[UUID, int] = {}
         self.worker_id = new_id()
 
-    def may_call(self, claim: Claim) -> bool:
-        """False when others may soon hold this worker dead, or did since it claimed the job: then no new request is sent."""
+    def fresh(self) -> bool:
+        """False when others may soon hold this worker dead: then it claims nothing."""
         fresh_s = max(self._settings.heartbeat_ttl_s - FENCE_MARGIN_S, self._settings.heartbeat_ttl_s / 2)
-        return claim.worker_id == self.worker_id and time.monotonic() - self._seen_s < fresh_s
+        return time.monotonic() - self._seen_s < fresh_s
+
+    def may_call(self, claim: Claim) -> bool:
+        """Whether it is fresh, and was not held dead since it claimed the job: else no new request is sent."""
+        return claim.worker_id == self.worker_id and self.fresh()
 
     async def register(self) -> None:
         """This process stands in `workers` under a fresh id. Raises DBAPIError."""

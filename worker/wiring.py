@@ -128,6 +128,7 @@ class WorkerProcess:
             config,
             chain,
             worker_id=lambda: keeper.worker_id,
+            fresh=keeper.fresh,
             seems_closed=shared.breakers.seems_closed,
             announce=_announcer(shared.redis),
             slots={Lane.BULK: Slots(settings.bulk_slots), Lane.INTERACTIVE: Slots(settings.interactive_slots)},

@@ -55,7 +55,7 @@ class Crew:
         From that moment on they stand still, as the dead do. What they held is noted when Postgres stands, and then they are killed.
         """
         async with self.hands:
-            victims = [self.workers[place] for place in places]
+            victims = await self._standing(places)
             await self._at_work(victims)
             for victim in victims:
                 victim.freeze()
@@ -72,7 +72,7 @@ class Crew:
     async def freeze(self, places: Sequence[int], for_s: float) -> None:
         """SIGSTOP and SIGCONT: shorter than the TTL, nobody may notice."""
         async with self.hands:
-            frozen = [self.workers[place] for place in places]
+            frozen = await self._standing(places)
             for worker in frozen:
                 worker.freeze()
             await asyncio.sleep(for_s)
@@ -83,7 +83,7 @@ class Crew:
         """One after the other: the new one is live, then SIGTERM, and the old one has drained. Raises AssertionError if it did not."""
         async with self.hands:
             for place in places:
-                old = self.workers[place]
+                (old,) = await self._standing([place])
                 await self._replace(place)
                 old.terminate()
                 code = await old.ended()
@@ -106,17 +106,32 @@ class Crew:
         await self.open_api()
 
     async def look_after(self) -> None:
-        """For ever: what the API holds goes into the history. The lab does it for workers and Redis."""
+        """For ever: who fell is replaced, and what the API holds goes into the history. The lab notes it of workers and Redis."""
         while True:
             self.lab.history.note("sample", api_rss=_rss_bytes(self.api.process.pid))
+            if not self.hands.locked():
+                async with self.hands:
+                    await self._standing(range(self.size))
             await asyncio.sleep(SAMPLE_S)
 
+    async def _standing(self, places: Iterable[int]) -> list[Worker]:
+        """The workers at these places. That one had ended although nobody touched it stands in the history, and another in its place."""
+        places = list(places)
+        for place in places:
+            if not (worker := self.workers[place]).alive():
+                self.lab.history.note("fell", worker=worker.name, code=await worker.ended(), words=worker.last_words()[-2000:])
+                await self._replace(place)
+        return [self.workers[place] for place in places]
+
     async def _hired(self) -> Worker:
-        worker = await self.lab.worker(f"worker-{next(self._numbers)}")
-        while worker.alive() and not await self._found(_REGISTERED, pid=worker.pid):  # noqa: ASYNC110 - as below
-            await asyncio.sleep(START_LOOK_S)
-        await worker.live()
-        return worker
+        """Started again if Postgres goes away meanwhile."""
+        while True:
+            worker = await self.lab.worker(f"worker-{next(self._numbers)}")
+            while worker.alive():
+                if await self._found(_REGISTERED, pid=worker.pid):
+                    return worker
+                await asyncio.sleep(START_LOOK_S)
+            self.lab.history.note("did not start", worker=worker.name, code=await worker.ended(), words=worker.last_words()[-2000:])
 
     async def _replace(self, place: int) -> None:
         self.workers[place] = await self._hired()

@@ -31,7 +31,7 @@ import psycopg
 import sqlalchemy.exc
 from sqlalchemy import text
 
-from worker import attempt, chain, database, keeper, ledger, wiring
+from worker import attempt, chain, database, keeper, ledger, spool, wiring
 from worker.app import app
 from worker.deathwatch import DeathWatch
 from worker.dispatch import Dispatcher
@@ -217,7 +217,7 @@ def no_deathwatch() -> None:
 
 def no_spool() -> None:
     """What Postgres would not take before a worker had to stop is gone with it."""
-    _replace(wiring, "write", lambda directory, _settlements: Path(directory))
+    _replace(spool, "write", lambda directory, _settlements: Path(directory))
 
 
 def no_patience() -> None:

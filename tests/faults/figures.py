@@ -47,6 +47,8 @@ def _befallen(events: Sequence[Mapping[str, Any]]) -> Figures:
         "Redis flushed": happened["flushed"],
         "Postgres restarted": happened["postgres restarted"],
         "workers drained": happened["drained"],
+        "workers that ended by themselves": happened["fell"],
+        "starts that failed and were tried again": happened["did not start"],
         "faults": dict(sorted(faults.items())),
     }
 

@@ -32,7 +32,7 @@ from timeline import draw
 from worker.cli.screen import plain, progress, say, show_table
 
 LIMIT_S = 900.0  # hard
-ROUNDS_S = 720.0  # no further round begins after that
+ROUNDS_S = 780.0  # no further round begins after that
 RECOVERY_S = TTL_S + 2
 QUIET_S = 120.0  # for what is left to do once nothing is broken any more
 BOUNDS = {"rss": 400 * 2**20, "api_rss": 400 * 2**20, "redis_bytes": 50 * 2**20, "redis_depth": 1_000}
@@ -90,7 +90,14 @@ class Outcome:
         ]
 
 
-_NONE = ("lost", "double results", "off the books", "billed twice where nobody was killed", "replies no API may give")
+_NONE = (
+    "workers that ended by themselves",
+    "lost",
+    "double results",
+    "off the books",
+    "billed twice where nobody was killed",
+    "replies no API may give",
+)
 
 
 def _planned(size: Size) -> list[tuple[str, int]]:

@@ -21,8 +21,9 @@ def strikes(size, seed):
 
 def kept(**changes):
     """Figures of a soak in which all went well, but for these."""
-    nothing = dict.fromkeys(["lost", "double results", "off the books", "billed twice where nobody was killed"], 0)
-    good = {**nothing, "replies no API may give": {}, "recovery, worst, s": TTL_S, "rounds": FULL.rounds, "jobs accepted": FULL.jobs}
+    counts = ["workers that ended by themselves", "lost", "double results", "off the books", "billed twice where nobody was killed"]
+    good = {"replies no API may give": {}, "recovery, worst, s": TTL_S, "rounds": FULL.rounds, "jobs accepted": FULL.jobs}
+    good |= dict.fromkeys(counts, 0)
     return Outcome(FULL, {**good, **changes}, [])
 
 
@@ -76,6 +77,7 @@ def test_a_fleet_under_load_and_random_faults_loses_nothing_and_pays_nothing_twi
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"workers that ended by themselves": 1}, "workers that ended by themselves: 1"),
         ({"lost": 1}, "lost: 1"),
         ({"double results": 2}, "double results: 2"),
         ({"off the books": 3}, "off the books: 3"),

@@ -129,5 +129,5 @@ def _rows(faults: Sequence[Mark], across: float, top: int) -> Iterator[str]:
 
 
 def _step(least: float) -> int:
-    """The next of 5, 10, 25, 50, 100, 250, ..."""
-    return next(step * 10**power for power in range(9) for step in (5, 10, 25) if step * 10**power >= least)
+    """A round number that is at least so much."""
+    return next(step * 10**power for power in range(9) for step in (5, 10, 15, 20, 25, 30, 40) if step * 10**power >= least)
