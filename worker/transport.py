@@ -39,6 +39,10 @@ def install() -> None:
 class GuardedChannel(Channel):
     """Screens what BRPOP brings, before kombu reads it."""
 
+    # A message is a hint, and the ledger publishes again what was in it. To give it back over a connection that broke, kombu asks a
+    # transport that may be gone, and the worker ends over it.
+    do_restore = False
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         client = super()._create_client(asynchronous)  # type: ignore[misc] # kombu-stubs leave it out
         client.set_response_callback("BRPOP", screened)
