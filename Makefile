@@ -10,13 +10,13 @@ UV := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_F
 .PHONY: help demo test soak controls check bench up lock clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 demo: $(READY) ## 240 tickets through three simulated providers, with the bill
 	@$(BIN)/backstop demo
 
 test: $(READY) ## all tests, on a real Postgres and a real Valkey
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses auto --dist loadfile
 
 soak: $(READY) ## 20,000 jobs under kills and broken servers; options: make soak SOAK="--seed 7 --short"
 	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py $(SOAK)

@@ -17,13 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from worker import attempt as attempt_module
 from worker.attempt import Attempts
+from worker.calls import open_calls
 from worker.chain import Chain, Station
 from worker.config import Config
 from worker.cost import Pricing, Usage
 from worker.database import driver_url, engine, upgrade
 from worker.grouping import Group
 from worker.job import Answer, ChatRequest, Lane, new_id
-from worker.ledger import open_calls
 from worker.providers.provider import Reply
 from worker.resilience.breaker import Breakers
 from worker.settlement import Cancelled, Released

@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 
 from worker import chain as chain_module
 from worker import walk as walk_module
+from worker.calls import NewCall
 from worker.chain import (
     FAILOVER_S,
     LEAST_CALL_S,
@@ -31,7 +32,7 @@ from worker.config import ChainConfig, ProviderConfig
 from worker.cost import Pricing, Usage
 from worker.grouping import Group
 from worker.job import Answer, ChatRequest, Lane, new_id
-from worker.ledger import Asked, Claim, NewCall
+from worker.ledger import Asked, Claim
 from worker.providers.provider import Reply
 from worker.resilience import breaker as breaker_module
 from worker.resilience.breaker import Breakers

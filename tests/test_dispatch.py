@@ -170,6 +170,19 @@ def test_of_jobs_over_which_workers_died_few_are_in_flight_and_of_the_worst_one(
     play(database_url, story)
 
 
+def test_a_suspect_in_a_paused_lane_takes_no_place_from_others(database_url, redis_url):
+    async def story(db):
+        for lane in Lane:
+            job_id = await a_job(db, lane=lane)
+            await rows(db, "UPDATE jobs SET deaths = 3, dispatched_at = NULL WHERE id = :id", id=job_id)
+        await rows(db, "UPDATE lanes SET paused = true WHERE name = 'interactive'")
+        mailbox = Mailbox()
+        async with a_leader(db, redis_url, mailbox) as leader:
+            assert await leader.tick() == 1
+
+    play(database_url, story)
+
+
 def test_one_job_that_kills_every_worker_ends_alone(database_url, redis_url):
     """A fleet of workers that hold all there is; whoever holds the poison dies. The others' jobs are all answered."""
 

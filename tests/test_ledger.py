@@ -31,10 +31,11 @@ from stage import (
     until,
 )
 
+from worker.calls import NewCall, open_calls
 from worker.database import jsonb, run
 from worker.intervene import cancel, requeue
 from worker.job import JobState, new_id
-from worker.ledger import NewCall, claim, open_calls, settle
+from worker.ledger import claim, settle
 from worker.rescue import expire, rescue
 from worker.signals import Signal
 from worker.submit import close_batch

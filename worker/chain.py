@@ -20,13 +20,13 @@ from uuid import UUID
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from worker.calls import Stopwatch
+from worker.calls import NewCall, Stopwatch
 from worker.config import ChainConfig, ProviderConfig
 from worker.cost import Pricing
 from worker.events import origin
 from worker.grouping import Group
 from worker.job import new_id
-from worker.ledger import Claim, NewCall
+from worker.ledger import Claim
 from worker.providers.provider import Provider, Reply
 from worker.resilience.backoff import delay_s
 from worker.resilience.breaker import Admission, Breakers, BreakerState

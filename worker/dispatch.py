@@ -173,7 +173,8 @@ _IS_READY = f"j.lane = :lane AND {_IS_DUE} AND (j.deaths < 2 OR j.id = ANY(CAST(
 _SUSPECTS = text(f"""
 WITH place AS (
     SELECT j.id, j.deaths, {_IS_DUE} AS due, row_number() OVER (PARTITION BY j.deaths = 2 ORDER BY {_IS_DUE}, j.run_at, j.id) AS n
-    FROM jobs j WHERE j.deaths > 1 AND (j.state = 'running' OR j.state = 'queued' AND (j.dispatched_at IS NOT NULL OR {_IS_DUE}))
+    FROM jobs j JOIN lanes l ON l.name = j.lane AND NOT l.paused
+    WHERE j.deaths > 1 AND (j.state = 'running' OR j.state = 'queued' AND (j.dispatched_at IS NOT NULL OR {_IS_DUE}))
 )
 SELECT id FROM place WHERE due AND n <= CASE WHEN deaths = 2 THEN :suspects ELSE 1 END
 """)
@@ -190,16 +191,17 @@ ORDER BY 1
 _PICK = text(f"""
 WITH shares AS (
     SELECT * FROM unnest(CAST(:batches AS uuid[]), CAST(:quotas AS int[])) AS t(batch_id, quota)
-), batched AS (
-    SELECT picked.id, picked.run_at FROM shares s CROSS JOIN LATERAL (
-        SELECT j.id, j.run_at FROM jobs j WHERE {_IS_READY} AND j.batch_id = s.batch_id
-        ORDER BY j.run_at, j.id LIMIT s.quota FOR NO KEY UPDATE SKIP LOCKED) picked
-), loose AS (
-    SELECT j.id, j.run_at FROM jobs j WHERE {_IS_READY} AND j.batch_id IS NULL
-    ORDER BY j.run_at, j.id LIMIT :loose FOR NO KEY UPDATE SKIP LOCKED
+), first AS (
+    SELECT picked.id FROM shares s CROSS JOIN LATERAL (
+        SELECT j.id FROM jobs j WHERE {_IS_READY} AND j.batch_id = s.batch_id ORDER BY j.run_at, j.id LIMIT s.quota) picked
+    UNION ALL
+    (SELECT j.id FROM jobs j WHERE {_IS_READY} AND j.batch_id IS NULL ORDER BY j.run_at, j.id LIMIT :loose)
+), locked AS (
+    SELECT j.id, j.run_at FROM jobs j WHERE {_IS_READY} AND j.id = ANY(ARRAY(SELECT id FROM first))
+    ORDER BY j.id FOR NO KEY UPDATE SKIP LOCKED
 ), pick AS (
     SELECT id, (CAST(:deliveries AS uuid[]))[CAST((row_number() OVER (ORDER BY run_at, id) - 1) / :pack + 1 AS int)] AS delivery_id
-    FROM (SELECT * FROM batched UNION ALL SELECT * FROM loose) both_kinds
+    FROM locked
 )
 UPDATE jobs SET dispatched_at = now(), delivery_id = pick.delivery_id FROM pick WHERE jobs.id = pick.id
 RETURNING jobs.id, jobs.delivery_id
@@ -210,7 +212,7 @@ def _withdraw(which: str) -> TextClause:
     """Published jobs that nobody claimed are ready again; those that are locked are just being claimed, or ended."""
     return text(f"""
 WITH target AS (
-    SELECT id FROM jobs WHERE state = 'queued' AND dispatched_at IS NOT NULL AND {which} FOR NO KEY UPDATE SKIP LOCKED
+    SELECT id FROM jobs WHERE state = 'queued' AND dispatched_at IS NOT NULL AND {which} ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE jobs SET dispatched_at = NULL FROM target WHERE jobs.id = target.id
 """)

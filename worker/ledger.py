@@ -15,10 +15,9 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
-from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.calls import Call
+from worker.calls import BOOK, ENDED, Call
 from worker.database import jsonb, run
 from worker.errors import Unreadable
 from worker.job import Answer, ChatRequest, JobState, Lane, new_id
@@ -72,18 +71,6 @@ class Settlement:
     unsent: tuple[UUID, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewCall:
-    """A call about to be made, and those before it in the same attempt, which have `ended`."""
-
-    id: UUID
-    job_id: UUID
-    fence: int
-    provider: str
-    model: str
-    ended: tuple[Call, ...] = ()
-
-
 # Shared tail of all statements whose CTE `moved(batch_id, state)` ends jobs.
 COUNTED = """
 counted AS (
@@ -124,7 +111,7 @@ WITH wanted AS (
     WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND run_at <= now() AND deadline_at > now() AND NOT cancel_requested
       AND EXISTS (SELECT FROM workers w WHERE w.id = :worker AND w.state IN ('live', 'draining'))
       AND NOT EXISTS (SELECT FROM lanes l WHERE l.name = jobs.lane AND l.paused)
-    FOR NO KEY UPDATE SKIP LOCKED
+    ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE jobs j SET state = 'running', fence = j.fence + 1, worker_id = :worker
     FROM ready r JOIN wanted w ON w.id = r.id WHERE j.id = r.id
@@ -210,64 +197,6 @@ def _failed(row: Any, error: Unreadable) -> Settlement:
     )
 
 
-# How a call ended, as a record of JSON and as what is written to its row.
-_ENDED = """
-    id uuid, job_id uuid, fence bigint, started_at timestamptz, ended_at timestamptz, latency_ms int, outcome text, http_status int,
-    error_code text, input_tokens int, output_tokens int, cached_tokens int, reasoning_tokens int, billing text, cost_usd numeric,
-    price_source text, answer jsonb, settled bool"""
-_BOOK = """
-    started_at = c.started_at, ended_at = c.ended_at, latency_ms = c.latency_ms, outcome = c.outcome, http_status = c.http_status,
-    error_code = c.error_code, input_tokens = c.input_tokens, output_tokens = c.output_tokens, cached_tokens = c.cached_tokens,
-    reasoning_tokens = c.reasoning_tokens, billing = c.billing, cost_usd = c.cost_usd, price_source = c.price_source"""
-
-
-_OPEN = text(f"""
-WITH call AS (
-    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:job_ids AS uuid[]), CAST(:fences AS bigint[]),
-        CAST(:providers AS text[]), CAST(:models AS text[])) AS t(id, job_id, fence, provider, model)
-), ours AS (  -- what is locked is being settled, rescued or cancelled
-    SELECT j.id FROM jobs j JOIN call c ON c.job_id = j.id AND c.fence = j.fence
-    WHERE j.id = ANY(CAST(:job_ids AS uuid[])) AND j.state = 'running' FOR SHARE OF j SKIP LOCKED
-), opened AS (
-    INSERT INTO provider_calls (id, job_id, fence, provider, model)
-    SELECT c.id, c.job_id, c.fence, c.provider, c.model FROM call c JOIN ours o ON o.id = c.job_id
-    ON CONFLICT (id) DO NOTHING
-), booked AS (
-    UPDATE provider_calls p SET {_BOOK} FROM json_to_recordset(CAST(:ended AS json)) AS c({_ENDED})
-    WHERE p.id = ANY(CAST(:ended_ids AS uuid[])) AND p.id = c.id AND p.outcome IS NULL
-)
-SELECT c.id FROM call c JOIN ours o ON o.id = c.job_id
-""")
-
-
-async def open_calls(db: AsyncEngine, calls: Sequence[NewCall]) -> Sequence[bool]:
-    """The calls are on the books, billing unknown, before their requests leave. False for each whose fence holds no more.
-
-    On the way those are booked that ended before: who goes on from here after a crash knows what the others said.
-    """
-    ended = [(new, call) for new in calls for call in new.ended]
-    try:
-        return await _open_calls(db, calls, ended)
-    except DataError:
-        return await _open_calls(db, calls, [])  # figures that do not fit are settled with their job
-
-
-async def _open_calls(db: AsyncEngine, calls: Sequence[NewCall], ended: Sequence[tuple[NewCall, Call]]) -> list[bool]:
-    rows = await run(
-        db,
-        _OPEN,
-        ids=[call.id for call in calls],
-        job_ids=[call.job_id for call in calls],
-        fences=[call.fence for call in calls],
-        providers=[call.provider for call in calls],
-        models=[call.model for call in calls],
-        ended=jsonb([{**call.to_json(), "job_id": str(new.job_id), "fence": new.fence} for new, call in ended]),
-        ended_ids=[call.id for _, call in ended],
-    )
-    opened = {row.id for row in rows}
-    return [call.id in opened for call in calls]
-
-
 _SETTLE = text(f"""
 WITH ending AS (
     SELECT * FROM json_to_recordset(CAST(:endings AS json)) AS t(
@@ -294,9 +223,9 @@ WITH ending AS (
     SELECT m.id, m.fence, e.answer FROM moved m JOIN ending e ON e.id = m.id AND e.fence = m.fence
     WHERE m.state = 'succeeded'
 ), call AS (
-    SELECT * FROM json_to_recordset(CAST(:calls AS json)) AS t({_ENDED})
+    SELECT * FROM json_to_recordset(CAST(:calls AS json)) AS t({ENDED})
 ), booked AS (
-    UPDATE provider_calls p SET {_BOOK},
+    UPDATE provider_calls p SET {BOOK},
         answer = CASE WHEN o.id IS NOT NULL THEN NULL WHEN c.settled THEN e.answer ELSE c.answer END
     FROM call c JOIN ending e ON e.id = c.job_id AND e.fence = c.fence
         LEFT JOIN ours o ON o.id = c.job_id AND o.fence = c.fence
@@ -319,6 +248,13 @@ async def settle(db: AsyncEngine, settlements: Sequence[Settlement], *, again: b
 
 async def settle_documents(db: AsyncEngine, documents: Sequence[Mapping[str, Any]], *, again: bool) -> list[bool]:
     """Like `settle`, from what `document` made of them."""
+    held = await _settle_documents(db, documents, again=again)
+    if again and not all(held):  # the earlier try may have been committed just now: this one waited for it, and cannot see it
+        held = await _settle_documents(db, documents, again=again)
+    return held
+
+
+async def _settle_documents(db: AsyncEngine, documents: Sequence[Mapping[str, Any]], *, again: bool) -> list[bool]:
     endings = [one["ending"] for one in documents]
     calls = [call for one in documents for call in one["calls"]]
     rows = await run(

@@ -146,7 +146,7 @@ p.outcome IS NULL AND p.opened_at < now() - interval '10 minutes'
 """
 _ORPHAN = text(f"""
 WITH target AS (
-    SELECT p.id FROM provider_calls p WHERE {_OVER} LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
+    SELECT p.id FROM provider_calls p WHERE {_OVER} ORDER BY p.id LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now() FROM target t WHERE p.id = t.id RETURNING p.id
 """)

@@ -16,11 +16,13 @@ MAX_DEATHS = 4
 
 _EXPIRE = text(f"""
 WITH target AS (
-    SELECT id FROM jobs WHERE state = 'queued' AND deadline_at <= now() ORDER BY deadline_at LIMIT :most FOR NO KEY UPDATE SKIP LOCKED
+    SELECT id FROM jobs WHERE id = ANY(ARRAY(
+        SELECT id FROM jobs WHERE state = 'queued' AND deadline_at <= now() ORDER BY deadline_at LIMIT :most
+    )) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET state = 'expired', finished_at = now(), error = jsonb_build_object('code', 'deadline',
         'message', 'the deadline passed before any provider answered', 'providers', coalesce(j.error -> 'providers', '[]'))
-    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state
+    FROM target t WHERE j.id = t.id AND j.state = 'queued' RETURNING j.id, j.batch_id, j.state
 ), {COUNTED}
 SELECT id FROM moved
 """)
@@ -61,7 +63,7 @@ _RELEASE = text(f"""
 WITH target AS (
     SELECT j.id FROM jobs j
     JOIN unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS t(id, fence) ON t.id = j.id AND t.fence = j.fence
-    WHERE j.state = 'running' AND j.worker_id = :worker FOR NO KEY UPDATE OF j SKIP LOCKED
+    WHERE j.state = 'running' AND j.worker_id = :worker ORDER BY j.id FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET
         state = CASE WHEN j.cancel_requested THEN 'cancelled' ELSE 'queued' END,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 from uuid import UUID
 
@@ -70,7 +71,10 @@ def run_jobs(self: Task[Any, Any], job_ids: Sequence[str]) -> Mapping[str, int]:
     """Attempts all jobs of the message once; Flower shows how many ended in which state."""
     lane = _LANES[str((self.request.delivery_info or {}).get("routing_key"))]
     pack = Process.process.attempts.run_pack(UUID(self.request.id), [UUID(job_id) for job_id in job_ids], lane)
-    return Process.loop.submit(pack).result()
+    try:
+        return Process.loop.submit(pack).result()
+    except CancelledError:  # the process ends; what became of the jobs is spooled, or rescued
+        return {}
 
 
 @app.task(name=TIDY)

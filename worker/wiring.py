@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import spool
 from worker.app import publish
 from worker.attempt import Attempts
+from worker.calls import open_calls
 from worker.chain import Chain, Station
 from worker.config import Config, load
 from worker.cost import Pricing
@@ -33,7 +34,6 @@ from worker.grouping import Group
 from worker.intervene import cancel
 from worker.job import Lane
 from worker.keeper import Keeper
-from worker.ledger import open_calls
 from worker.loop import cancel_surely
 from worker.providers.http import client
 from worker.providers.openai import OpenAICompatible

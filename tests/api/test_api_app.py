@@ -152,7 +152,7 @@ def test_results_of_a_batch_come_as_they_end_each_once_until_all_have(stage, mon
     for ordinal in (1, 5, 8):
         stage.succeed(ids[ordinal - 1])
     others = [job_id for job_id in ids if ids.index(job_id) + 1 not in (1, 5, 8)]
-    threading.Timer(0.1, lambda: [stage.succeed(job_id) for job_id in reversed(others)]).start()
+    threading.Timer(1.0, lambda: [stage.succeed(job_id) for job_id in reversed(others)]).start()
     response = stage.client.get("/v1/batches/monday/results")
     assert response.headers["Content-Type"].startswith("application/x-ndjson")
     lines = [json.loads(line) for line in response.text.splitlines()]
@@ -178,6 +178,18 @@ def test_another_tenants_batch_does_not_exist(stage):
         assert stage.client.get(f"/v1/batches/{name}/results", headers=stranger).status_code == 404
     assert stage.client.get("/v1/jobs", params={"batch": "monday"}, headers=stranger).status_code == 404
     assert len(stage.client.get("/v1/jobs", params={"batch": "monday"}).json()["data"]) == 1
+
+
+def test_postgres_that_takes_no_writes_is_a_503_as_well(stage):
+    name = stage.sql("SELECT current_database() AS name")[0].name
+    stage.sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+    stage.client.portal.call(stage.client.app.state.parts.db.dispose)
+    try:
+        response = stage.client.post("/v1/jobs", json={"messages": [{"role": "user", "content": "hello"}]})
+    finally:
+        stage.sql(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+        stage.client.portal.call(stage.client.app.state.parts.db.dispose)
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
 
 
 def test_postgres_being_away_is_a_503_that_says_when_to_come_back(stage):

@@ -163,7 +163,7 @@ CONTROLS: Sequence[Control] = [
     ),
     Control("intent", "a call is on the books before it is made", "I4", a_worker_is_killed_while_it_asks),
     Control("heartbeat_fence", "who may be held dead asks nobody", "I5", a_worker_wakes_up_before_it_asks),
-    Control("deathwatch", "old heartbeats bury nobody who lives", "I5", heartbeats_seem_old, answer_ms=3000),
+    Control("deathwatch", "old heartbeats bury nobody who lives", "I5", heartbeats_seem_old, answer_ms=8000),
     Control(
         "spool", "paid answers outlive a worker that stops without Postgres", "I5", a_worker_stops_while_postgres_is_away,
         environment={"BACKSTOP_DRAIN_S": "1"},

@@ -91,12 +91,15 @@ class Crew:
                 assert code == 0, f"worker {old.name} was to drain and ended with {code}: {old.last_words()}"
 
     async def open_api(self) -> None:
-        """A live API, which everybody asks from now on."""
+        """A live API, which everybody asks from now on. Without Postgres none comes up, and it is started again."""
         while True:
-            with suppress(DBAPIError):  # of the key, when Postgres is just away
+            try:
                 self.api = await self.lab.api()
                 break
-            await asyncio.sleep(0.2)
+            except DBAPIError:  # its key could not be made
+                await asyncio.sleep(START_LOOK_S)
+            except AssertionError as error:
+                self.lab.history.note("did not start", worker="api", words=str(error)[-2000:])
         self.http = self.api.client()
         self._clients.append(self.http)
 

@@ -31,7 +31,7 @@ import psycopg
 import sqlalchemy.exc
 from sqlalchemy import text
 
-from worker import attempt, chain, database, keeper, ledger, spool, wiring
+from worker import attempt, calls, chain, database, keeper, ledger, spool, wiring
 from worker.app import app
 from worker.deathwatch import DeathWatch
 from worker.dispatch import Dispatcher
@@ -184,16 +184,16 @@ def no_dispatch_ttl() -> None:
 
 def no_intent() -> None:
     """Calls get their row when they are settled, not before the request leaves."""
-    settle, open_calls = attempt.settle, ledger.open_calls
+    settle, open_calls = attempt.settle, calls.open_calls
 
     async def late(db: Any, settlements: Sequence[ledger.Settlement], **how: Any) -> Any:
-        calls = [(one, call) for one in settlements for call in one.calls]
-        rows = [ledger.NewCall(id=c.id, job_id=s.job_id, fence=s.fence, provider=c.provider, model=c.model) for s, c in calls]
+        booked = [(one, call) for one in settlements for call in one.calls]
+        rows = [calls.NewCall(id=c.id, job_id=s.job_id, fence=s.fence, provider=c.provider, model=c.model) for s, c in booked]
         await open_calls(db, rows)
         return await settle(db, settlements, **how)
 
-    async def never(_: Any, calls: Sequence[ledger.NewCall]) -> Sequence[bool]:
-        return [True] * len(calls)
+    async def never(_: Any, wanted: Sequence[calls.NewCall]) -> Sequence[bool]:
+        return [True] * len(wanted)
 
     _rewrite(ledger, "_CLAIM", {"ON f.chain = c.chain WHERE": "ON f.chain = c.chain WHERE false AND"})
     _replace(attempt, "settle", late)

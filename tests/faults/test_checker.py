@@ -15,9 +15,10 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from stage import a_batch, a_call, a_job, a_worker, an_answer, ending, play, rows, take
 
+from worker.calls import NewCall, open_calls
 from worker.intervene import cancel
 from worker.job import JobState, new_id
-from worker.ledger import NewCall, open_calls, settle
+from worker.ledger import settle
 from worker.rescue import MAX_DEATHS, rescue
 from worker.settlement import MAX_ATTEMPTS
 from worker.signals import Billing, Signal

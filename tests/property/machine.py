@@ -13,11 +13,12 @@ from model import Batch, Job, Model
 from redis.exceptions import RedisError
 from stage import FIRST, HELLO, Mailbox, a_call, a_worker, an_answer, ending
 
+from worker.calls import NewCall, open_calls
 from worker.dispatch import EPOCH_KEY, Dispatcher, withdraw
 from worker.errors import UsageError
 from worker.intervene import Cancelled, cancel, requeue
 from worker.job import TERMINAL, TRANSITIONS, JobState, Lane, new_id
-from worker.ledger import Claim, NewCall, claim, open_calls, settle
+from worker.ledger import Claim, claim, settle
 from worker.rescue import MAX_DEATHS, expire, release, rescue
 from worker.signals import Signal
 from worker.submit import Batch as OpenBatch

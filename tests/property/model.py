@@ -7,8 +7,9 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+from worker.calls import NewCall
 from worker.job import TERMINAL, JobState
-from worker.ledger import Claim, NewCall, Settlement
+from worker.ledger import Claim, Settlement
 from worker.rescue import MAX_DEATHS
 
 QUEUED, RUNNING, FAILED, CANCELLED = JobState.QUEUED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED

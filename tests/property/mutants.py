@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import tour
 from sqlalchemy import TextClause, text
 
-from worker import dispatch, intervene, ledger, rescue, submit
+from worker import calls, dispatch, intervene, ledger, rescue, submit
 
 
 class Mutant(NamedTuple):
@@ -62,9 +62,9 @@ MUTANTS: Mapping[Callable[..., Any], tuple[Mutant, ...]] = {
         _without("claim always opens a call", ledger, "_CLAIM", "WHERE c.fence = c.walk_fence"),
         _without("claim forgets what was asked", ledger, "_CLAIM", ("CASE WHEN c.fence > c.walk_fence", "CASE WHEN false")),
         _without("claim remembers earlier walks", ledger, "_CLAIM", "AND p.fence >= c.walk_fence"),
-        _without("calls are not opened", ledger, "_OPEN", ("ON CONFLICT", "LIMIT 0 ON CONFLICT")),
-        _without("what ended is not booked on the way", ledger, "_OPEN", ("AND p.outcome IS NULL", "AND false")),
-        _without("calls are opened once only", ledger, "_OPEN", "ON CONFLICT (id) DO NOTHING"),
+        _without("calls are not opened", calls, "_OPEN", ("ON CONFLICT", "LIMIT 0 ON CONFLICT")),
+        _without("what ended is not booked on the way", calls, "_OPEN", ("AND p.outcome IS NULL", "AND false")),
+        _without("calls are opened once only", calls, "_OPEN", "ON CONFLICT (id) DO NOTHING"),
         _without("settle of what does not run", ledger, "_SETTLE", "AND j.state = 'running'"),
         _without("settle again counts again", ledger, "_SETTLE", ("AND j.state = 'running'", "AND (j.state = 'running' OR :again)")),
         _without("settle again is not recognised", ledger, "_SETTLE", ("WHERE :again", "WHERE false")),
@@ -82,10 +82,10 @@ MUTANTS: Mapping[Callable[..., Any], tuple[Mutant, ...]] = {
         _without("claim by the dead", ledger, "_CLAIM", "AND w.state IN ('live', 'draining')"),
         _without("claim by nobody known", ledger, "_CLAIM",
                  "AND EXISTS (SELECT FROM workers w WHERE w.id = :worker AND w.state IN ('live', 'draining'))"),
-        _without("calls are opened by anybody", ledger, "_OPEN", " AND c.fence = j.fence", ("AND j.state = 'running'", "")),
-        _without("calls are opened after the job was lost", ledger, "_OPEN", "AND j.state = 'running'"),
-        _without("calls are opened under an old fence", ledger, "_OPEN", " AND c.fence = j.fence"),
-        _without("what was orphaned is booked on the way", ledger, "_OPEN", "AND p.outcome IS NULL"),
+        _without("calls are opened by anybody", calls, "_OPEN", " AND c.fence = j.fence", ("AND j.state = 'running'", "")),
+        _without("calls are opened after the job was lost", calls, "_OPEN", "AND j.state = 'running'"),
+        _without("calls are opened under an old fence", calls, "_OPEN", " AND c.fence = j.fence"),
+        _without("what was orphaned is booked on the way", calls, "_OPEN", "AND p.outcome IS NULL"),
         _without("claim forgets paid answers", ledger, "_CLAIM", ("p.outcome, p.answer", "p.outcome, NULL")),
         _without("settle without fence", ledger, "_SETTLE",
                  ("ON e.id = j.id AND e.fence = j.fence\n    WHERE j.id = ANY", "ON e.id = j.id\n    WHERE j.id = ANY"),
