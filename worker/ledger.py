@@ -1,10 +1,10 @@
-"""The life of a claimed job, in order: claim, open calls, settle. `intervene` holds what people do to jobs, `rescue` what mends.
+"""The life of a claimed job, from claim to settle; `calls` opens its calls in between. `intervene` holds what people do to jobs, `rescue` what mends.
 
 Each is one statement, so it happens whole or not at all, and each carries its guard: a write says which state, owner and fence it
 expects, and matching nothing is a legal answer (somebody else was faster, or the message was a duplicate).
 
-Nobody deadlocks: who waits for locks takes those of jobs first, in the order of their ids, then those of batches, in the order of
-theirs; whatever may as well come back later skips what is locked.
+Nobody deadlocks: whoever locks several rows takes those of jobs first, in the order of their ids, then those of batches, in the order
+of theirs. So does what skips locked rows: in Postgres it still waits for one that changes between its two looks.
 """
 
 from __future__ import annotations
