@@ -1,4 +1,6 @@
-"""The life of a claimed job, from claim to settle; `calls` opens its calls in between. `intervene` holds what people do to jobs, `rescue` what mends.
+"""The life of a claimed job, from claim to settle; `calls` opens its calls in between.
+
+`intervene` holds what people do to jobs, `rescue` what mends.
 
 Each is one statement, so it happens whole or not at all, and each carries its guard: a write says which state, owner and fence it
 expects, and matching nothing is a legal answer (somebody else was faster, or the message was a duplicate).
