@@ -43,6 +43,11 @@ class GuardedChannel(Channel):
     # transport that may be gone, and the worker ends over it.
     do_restore = False
 
+    def basic_ack(self, delivery_tag: str, multiple: bool = False) -> None:
+        """A message whose connection was lost since is gone with it; Celery would end the worker over its ack."""
+        if not self.closed:
+            super().basic_ack(delivery_tag, multiple=multiple)
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         client = super()._create_client(asynchronous)  # type: ignore[misc] # kombu-stubs leave it out
         client.set_response_callback("BRPOP", screened)

@@ -1,12 +1,15 @@
 """A connection to Redis that breaks with a message in hand ends quietly, and not with it the worker."""
 
 import asyncio
+import logging
 
+from celery import Celery
 from kombu import Connection, Exchange, Queue
 
 from worker.app import DELIVERY
 from worker.dispatch import queue_name
 from worker.job import Lane
+from worker.transport import TIDY, install
 
 
 def test_a_broken_connection_with_a_message_in_hand_is_closed_without_a_trace(laboratory):
@@ -37,3 +40,15 @@ def test_a_broken_connection_with_a_message_in_hand_is_closed_without_a_trace(la
         await asyncio.to_thread(close)
 
     laboratory(story)
+
+
+def test_a_message_of_a_connection_that_was_replaced_since_is_acknowledged_without_a_trace(redis_url):
+    """Celery's threads hand acks to its loop, which may have another connection by then; only errors of connections are let pass."""
+    install()
+    taken = []
+    with Celery("courier", broker=redis_url, set_as_current=False) as courier, Connection(redis_url) as connection:
+        courier.send_task(TIDY, queue=queue_name(Lane.BULK))
+        Queue(queue_name(Lane.BULK))(connection.default_channel).consume("tag", callback=taken.append, no_ack=False)
+        connection.drain_events(timeout=10)
+        connection.collect()
+        taken[0].ack_log_error(logging.getLogger(), connection.connection_errors)
