@@ -103,7 +103,7 @@ def test_a_leader_that_dies_while_it_publishes_loses_no_job_and_repeats_no_call(
         assert await leader.ended() == -9
         assert lab.history.events("killed")[0]["held"] == []
         await each_was_asked_once(lab)
-        assert consumer.said("leading")
+        await lab.until_true(lambda: consumer.said("leading"))
 
     laboratory(story, script=SLOW)
 
