@@ -28,12 +28,12 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
         async with AsyncExitStack() as stack:
             opened = connections
             if opened is None:
-                opened = await stack.enter_async_context(wiring.connections(chosen))
+                opened = await stack.enter_async_context(wiring.connections(chosen, configured))
             app.state.parts = Parts(
                 config=configured,
                 db=opened.db,
                 redis=opened.redis,
-                breakers=opened.breakers,
+                gates=opened.gates,
                 publish=opened.publish,
                 endings=await stack.enter_async_context(Endings(opened.db, opened.redis)),
             )

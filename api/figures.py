@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1", tags=["figures"], responses=documented(401, 503
 
 @router.get("/providers")
 async def list_providers(caller: Signed, parts: Opened) -> ProviderList:
-    """Each provider of the config: its breaker as all workers share it, and this tenant's calls since midnight UTC."""
+    """Each provider of the config: its breaker and limits as all workers share them, and this tenant's calls since midnight UTC."""
     providers = parts.config.providers
     today = {day.provider: day for day in await reads.providers_today(parts.db, tenant=caller.tenant)}
     return ProviderList(
@@ -30,9 +30,13 @@ async def list_providers(caller: Signed, parts: Opened) -> ProviderList:
                 health=status.health,
                 retry_after_s=status.retry_after_s,
                 reason=status.reason,
+                in_flight=status.in_flight,
+                requests_left=status.requests_left,
+                tokens_left=status.tokens_left,
+                rate_multiplier=status.rate_multiplier,
                 today=CallsToday.model_validate(today.get(status.provider, CallsToday())),
             )
-            for status in await parts.breakers.status(list(providers))
+            for status in await parts.gates.status(list(providers))
         ]
     )
 

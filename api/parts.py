@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.config import Config
 from worker.dispatch import Publish
-from worker.resilience.breaker import Breakers
+from worker.resilience.gate import Gates
 from worker.waiting import Endings
 
 
@@ -20,7 +20,7 @@ class Parts:
     config: Config
     db: AsyncEngine
     redis: Redis
-    breakers: Breakers
+    gates: Gates
     publish: Publish
     endings: Endings
 

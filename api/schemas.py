@@ -47,12 +47,15 @@ class JobIn(BaseModel):
 
 
 class UsageOut(BaseModel):
+    """`estimated` is there, and true, where the provider counted no tokens."""
+
     model_config = ConfigDict(from_attributes=True)
 
     input_tokens: int | None
     output_tokens: int | None
     cached_tokens: int | None
     reasoning_tokens: int | None
+    estimated: bool = Field(False, exclude_if=lambda value: not value)
 
 
 class ResultOut(BaseModel):
@@ -107,7 +110,7 @@ class JobPage(BaseModel):
 
 
 class CallOut(BaseModel):
-    """One HTTP request to a provider; `outcome` null is under way."""
+    """One HTTP request to a provider; `outcome` null is under way. `estimated`: it counted no tokens, so we did."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -126,6 +129,7 @@ class CallOut(BaseModel):
     output_tokens: int | None
     cached_tokens: int | None
     reasoning_tokens: int | None
+    estimated: bool
     billing: str
     cost_usd: Usd | None
     price_source: str | None
@@ -172,7 +176,11 @@ class CallsToday(BaseModel):
 
 
 class ProviderOut(BaseModel):
-    """A provider, its breaker as all workers see it, and this tenant's calls."""
+    """A provider, its breaker and limits as all workers see them, and this tenant's calls.
+
+    `requests_left` and `tokens_left`: of the configured limits, now; null when there is none. `rate_multiplier`: 1, or
+    what congestion has left of the configured rates.
+    """
 
     name: str
     model: str
@@ -180,6 +188,10 @@ class ProviderOut(BaseModel):
     health: str
     retry_after_s: float
     reason: str | None
+    in_flight: int
+    requests_left: int | None
+    tokens_left: int | None
+    rate_multiplier: float
     today: CallsToday
 
 
@@ -188,7 +200,10 @@ class ProviderList(BaseModel):
 
 
 class CostOut(BaseModel):
-    """`unknown` calls may have been billed at a cost not known; `coverage` is the share of known costs, 0 to 1."""
+    """`unknown` calls may have been billed at a cost not known; `coverage` is the share of known costs, 0 to 1.
+
+    `estimated_usd` is the part of `cost_usd`, of `estimated_calls` calls, whose tokens the provider did not count.
+    """
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -200,6 +215,8 @@ class CostOut(BaseModel):
     output_tokens: int
     cost_usd: Usd | None
     coverage: float
+    estimated_calls: int
+    estimated_usd: Usd | None
 
 
 class CostList(BaseModel):

@@ -12,23 +12,26 @@ from uuid import UUID
 import psycopg
 import pytest
 import structlog
+from fakeredis import FakeAsyncRedis as FakeRedis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from worker import attempt as attempt_module
 from worker.attempt import Attempts
 from worker.calls import open_calls
-from worker.chain import Chain, Station
+from worker.chain import Chain
 from worker.config import Config
 from worker.cost import Pricing, Usage
 from worker.database import driver_url, engine, upgrade
 from worker.grouping import Group
 from worker.job import Answer, ChatRequest, Lane, new_id
 from worker.providers.provider import Reply
-from worker.resilience.breaker import Breakers
+from worker.resilience.cache import AnswerCache
+from worker.resilience.gate import Gates
 from worker.settlement import Cancelled, Released
 from worker.signals import Signal
 from worker.slots import Slots
+from worker.step import Station, Steps
 from worker.submit import NewJob, submit
 
 USAGE = Usage(1_000, 100)
@@ -136,7 +139,7 @@ async def bench(
     attempts = Attempts(
         db,
         CONFIG,
-        Chain(stations, Breakers(None), Group(partial(open_calls, db)), lambda _: True),
+        Chain(stations, Steps(Gates(None), Group(partial(open_calls, db)), lambda _: True), AnswerCache(FakeRedis())),
         worker_id=lambda: worker_id,
         fresh=lambda: fresh.is_set(),
         seems_closed=lambda provider: True,
@@ -317,7 +320,7 @@ def test_a_bug_after_a_paid_answer_does_not_lose_the_answer(database_url, monkey
 
     async def main() -> None:
         async with bench(database_url, always(said())) as it:
-            monkeypatch.setattr(it.attempts._chain._breakers, "report", broken)
+            monkeypatch.setattr(it.attempts._chain._steps.gates, "report", broken)
             assert await it.run(await it.jobs()) == {"succeeded": 1}
 
     asyncio.run(main())
@@ -517,7 +520,7 @@ def test_stopped_while_the_breaker_hears_of_a_paid_answer_the_answer_wins(databa
             await asyncio.Event().wait()
 
         async with bench(database_url, always(said())) as it:
-            monkeypatch.setattr(it.attempts._chain._breakers, "report", report)
+            monkeypatch.setattr(it.attempts._chain._steps.gates, "report", report)
             ids = await it.jobs()
             pack = asyncio.create_task(it.run(ids))
             await telling.wait()

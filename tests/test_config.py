@@ -111,7 +111,7 @@ def test_a_provider_without_a_key_has_none():
         (body(chains={"default": {"providers": ["onne"]}}), "chains.default.providers: no provider 'onne', did you mean 'one'?"),
         (
             body(chains={"default": {"providers": ["one", "one"]}}),
-            "chains.default.providers: a provider stands in the chain twice",
+            "chains.default.providers: 'one' stands in it twice",
         ),
         (
             body(canaries={"c": {"chain": "defalt", "candidate": "one"}}),
@@ -158,24 +158,65 @@ def test_a_name_that_is_nothing_is_refused_with_what_there_is():
 
 
 def test_settings_without_effect_are_listed():
-    config = parse(
-        {
-            "providers": {"one": ONE | {"rpm": 5, "tpm": 6}},
-            "chains": {"default": {"providers": ["one"], "strategy": "hedge", "degrade": ["cache"]}},
-            "canaries": {"c": {"chain": "default", "candidate": "one"}},
-            "alerts": {"webhook": "env:HOOK"},
-        },
-        "x",
-    )
-    assert config.not_yet() == [
-        "providers.one.rpm",
-        "providers.one.tpm",
-        'chains.default.strategy = "hedge"',
-        "chains.default.degrade",
-        "canaries.c",
-        "alerts.webhook",
-    ]
+    more = {"canaries": {"c": {"chain": "default", "candidate": "one"}}, "alerts": {"webhook": "env:HOOK"}}
+    assert parse(body() | more, "x").not_yet() == ["canaries.c", "alerts.webhook"]
     assert parse(body(), "x").not_yet() == []
+
+
+def a_chain(**chain):
+    providers = {name: {"base_url": f"http://127.0.0.1:{port}/v1", "model": "m"} for port, name in enumerate(("one", "two", "three"), 1)}
+    return {"providers": providers, "chains": {"default": {"providers": ["one", "two"]} | chain}}
+
+
+@pytest.mark.parametrize(
+    ("chain", "rule"),
+    [
+        ({"strategy": "hedge", "providers": ["one"]}, 'strategy = "hedge" needs at least two providers'),
+        ({"strategy": "race", "providers": ["one"]}, 'strategy = "race" needs at least two providers'),
+        ({"strategy": "race", "on_unknown": "park"}, 'strategy = "race" pays twice, on_unknown = "park" forbids it'),
+        ({"hedge_dearer": True}, 'hedge_dearer means nothing without strategy = "hedge"'),
+        ({"warm_share": 0.01, "providers": ["one"]}, "warm_share needs a second provider to keep warm"),
+        ({"warm_share": 0.01, "strategy": "race"}, 'warm_share means nothing with strategy = "race", which asks all'),
+        ({"degrade": ["smaller"]}, 'degrade has "smaller": name its provider, smaller = "…"'),
+        ({"smaller": "three"}, 'smaller means nothing without "smaller" in degrade'),
+        ({"degrade": ["smaller"], "smaller": "two"}, "smaller: two is in the chain already"),
+        ({"degrade": ["static"]}, 'degrade has "static": give its text, static_text = "…"'),
+        ({"static_text": "later"}, 'static_text means nothing without "static" in degrade'),
+        ({"degrade": ["park", "cache"]}, '"park" waits until the deadline: it comes last in degrade'),
+        ({"cache": {"stale_s": 5}}, 'cache means nothing without "cache" in degrade or fresh_s'),
+    ],
+)
+def test_settings_of_a_chain_that_contradict_each_other_are_refused_with_the_rule(chain, rule):
+    with pytest.raises(UsageError) as refused:
+        parse(a_chain(**chain), "backstop.toml")
+    assert str(refused.value) == f"backstop.toml: chains.default: {rule}"
+
+
+def test_a_smaller_model_that_no_provider_serves_is_refused():
+    with pytest.raises(UsageError, match=r"chains\.default\.smaller: no provider 'thre', did you mean 'three'"):
+        parse(a_chain(degrade=["smaller"], smaller="thre"), "x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"timeout_s": 0.2}, "connect_timeout_s is above timeout_s, which bounds the whole call"),
+        ({"stall_timeout_s": 5}, "stall_timeout_s means nothing without stream = true"),
+        ({"stream": True, "first_token_timeout_s": 90}, "first_token_timeout_s is above timeout_s, which bounds the whole call"),
+    ],
+)
+def test_settings_of_a_provider_that_contradict_each_other_are_refused_with_the_rule(settings, rule):
+    with pytest.raises(UsageError) as refused:
+        parse({"providers": {"one": ONE | settings}, "chains": {"default": {"providers": ["one"]}}}, "x")
+    assert str(refused.value) == f"x: providers.one: {rule}"
+
+
+def test_what_costs_more_than_one_may_think_is_noted():
+    assert parse(a_chain(), "x").notes() == []
+    assert parse(a_chain(strategy="race"), "x").notes() == ["chains.default: a race pays all 2 providers for each job"]
+    shared = a_chain()
+    shared["providers"]["two"]["base_url"] = "http://127.0.0.1:1/other/v1"
+    assert parse(shared, "x").notes() == ["chains.default: all its providers are at 127.0.0.1:1, and fail together when that does"]
 
 
 def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path):

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.config import Config
+from worker.config import ChainConfig, Config
 from worker.errors import UsageError
-from worker.route import first_calls, route
+from worker.job import new_id
+from worker.route import first_calls, route, warmed
 
 CONFIG = Config.model_validate(
     {
@@ -68,3 +69,22 @@ def test_no_name_of_the_config_is_unknown_to_it():
             CONFIG.chain(name)
         except UsageError:
             pytest.fail(f"{name} has a first call but no chain")
+
+
+def test_a_share_of_the_jobs_asks_each_later_provider_first_and_always_the_same_one():
+    chain = ChainConfig(providers=("a", "b", "c"), warm_share=0.1)
+    ids = [new_id() for _ in range(5_000)]
+    first = [warmed(chain, job_id).providers[0] for job_id in ids]
+    assert 350 < 5_000 - first.count("a") < 650  # within seven standard deviations of 500
+    assert first.count("b") > 100
+    assert first.count("c") > 100
+    assert first == [warmed(chain, job_id).providers[0] for job_id in ids]
+
+
+@given(st.uuids())
+def test_a_warm_chain_asks_the_same_providers_the_first_of_them_second(job_id):
+    chain = ChainConfig(providers=("a", "b", "c"), warm_share=0.1)
+    providers = warmed(chain, job_id).providers
+    assert sorted(providers) == ["a", "b", "c"]
+    assert "a" in providers[:2]
+    assert warmed(ChainConfig(providers=("a", "b", "c")), job_id).providers == ("a", "b", "c")

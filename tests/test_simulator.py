@@ -22,6 +22,7 @@ from worker.errors import UsageError
 from worker.simulator.answers import say
 from worker.simulator.bill import Bill, fingerprint
 from worker.simulator.fitting import fit
+from worker.simulator.limits import Bucket
 from worker.simulator.plan import draw
 from worker.simulator.script import ProviderScript, Script, load, parse
 from worker.simulator.server import Simulator
@@ -418,7 +419,6 @@ NO_CHAT: list[Any] = [
     {"messages": []},
     {"messages": ["hi"]},
     [],
-    {**ASK, "stream": True},
     {**ASK, "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}},
 ]
 
@@ -431,6 +431,173 @@ def test_what_is_no_chat_request_is_a_400_on_the_bill(body: Any) -> None:
         assert (only_line(sim).outcome, only_line(sim).cost) == ("invalid", 0)
 
     with_simulator(script(), use)
+
+
+NO_FIT = {**ASK, "max_tokens": 9, "output_config": {"format": {"type": "json_schema", "schema": {"enum": []}}}}
+
+
+@pytest.mark.parametrize("body", [{"messages": []}, [], ASK, NO_FIT])
+def test_what_is_no_message_request_is_an_anthropic_400(body: Any) -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        async with client.post(sim.base_url("one") + "/messages", json=body) as response:
+            said = await response.json()
+        assert (response.status, said["type"], said["error"]["type"]) == (400, "error", "invalid_request_error")
+        assert (only_line(sim).outcome, only_line(sim).cost) == ("invalid", 0)
+
+    with_simulator(script(), use)
+
+
+MESSAGE_ASK = {"model": "any", "max_tokens": 500, "system": "Sort tickets.", "messages": MESSAGES[1:]}
+
+
+async def events(response: aiohttp.ClientResponse) -> list[tuple[str | None, Any]]:
+    """Name and data of each event; data that is no JSON as text."""
+    found: list[tuple[str | None, Any]] = []
+    for event in (await response.text()).split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in event.split("\n"))
+        data = fields["data"]
+        found.append((fields.get("event"), json.loads(data) if data.startswith("{") else data))
+    return found
+
+
+def test_a_healthy_provider_answers_as_anthropic_does_and_says_the_same() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        _, _, chat = await ask(sim, client)
+        async with client.post(sim.base_url("one") + "/messages", json=MESSAGE_ASK) as response:
+            body = await response.json()
+        assert (response.status, body["type"], body["role"], body["stop_reason"]) == (200, "message", "assistant", "end_turn")
+        assert body["content"] == [{"type": "text", "text": json.loads(chat)["choices"][0]["message"]["content"]}]
+        by_chat, by_message = sim.bill.lines()
+        assert body["usage"] == {"input_tokens": by_message.input_tokens, "output_tokens": by_message.output_tokens}
+        assert by_message.cost == by_chat.cost > 0
+        async with client.post(sim.base_url("one") + "/messages", json={**MESSAGE_ASK, "max_tokens": 3}) as response:
+            assert (await response.json())["stop_reason"] == "max_tokens"
+
+    with_simulator(script(), use)
+
+
+def test_a_message_in_a_schema_fits_it() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        asked = {**MESSAGE_ASK, "output_config": {"format": {"type": "json_schema", "schema": TRIAGE}}}
+        async with client.post(sim.base_url("one") + "/messages", json=asked) as response:
+            Draft202012Validator(TRIAGE).validate(json.loads((await response.json())["content"][0]["text"]))
+
+    with_simulator(script(), use)
+
+
+def test_a_streamed_answer_says_word_by_word_what_a_whole_one_says() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        whole = json.loads((await ask(sim, client))[2])
+        async with client.post(sim.base_url("one") + "/chat/completions", json={**ASK, "stream": True}) as response:
+            assert response.headers["Content-Type"] == "text/event-stream"
+            *chunks, (_, done) = await events(response)
+        deltas = [chunk["choices"][0] for _, chunk in chunks if chunk["choices"]]
+        assert "".join(choice["delta"].get("content", "") for choice in deltas) == whole["choices"][0]["message"]["content"]
+        assert len(deltas) > 10
+        assert ([choice["finish_reason"] for choice in deltas][-2:], done) == ([None, "stop"], "[DONE]")
+        assert chunks[-1][1]["usage"] == whole["usage"]
+        async with client.post(sim.base_url("one") + "/messages", json={**MESSAGE_ASK, "stream": True}) as response:
+            named = await events(response)
+        assert all(name == data["type"] for name, data in named)
+        assert [name for name, _ in named[:3]] == ["message_start", "content_block_start", "ping"]
+        assert [name for name, _ in named[-3:]] == ["content_block_stop", "message_delta", "message_stop"]
+        texts = [data["delta"]["text"] for name, data in named if name == "content_block_delta"]
+        assert "".join(texts) == whole["choices"][0]["message"]["content"]
+        assert [(line.outcome, line.written, line.cost > 0) for line in sim.bill.lines()] == [("answered", True, True)] * 3
+
+    with_simulator(script(), use)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+@pytest.mark.parametrize("kind", ["stall", "truncate", "malformed", "empty", "error_in_200"])
+def test_a_fault_in_a_stream_comes_after_the_first_word_and_before_the_end(kind: str, path: str) -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        got = b""
+        async with client.post(f"{sim.base_url('one')}/{path}", json={**MESSAGE_ASK, "stream": True}) as response:
+            with contextlib.suppress(aiohttp.ClientError):
+                async for piece in response.content.iter_any():
+                    got += piece
+        ended = b"[DONE]" in got or b"message_stop" in got
+        assert ended == (kind in ("malformed", "empty"))
+        first_word = say(7, ASK).content.split()[0].encode()
+        assert (b'"%s"' % first_word in got) == (kind != "empty") or kind == "truncate"  # its reset may overtake the words
+        assert (b'"error"' in got) == (kind == "error_in_200")
+        assert (b"data: {\n\n" in got) == (kind == "malformed")
+        line = only_line(sim)
+        assert (line.outcome, line.written, line.cost > 0) == (kind, kind not in ("stall", "truncate"), kind != "error_in_200")
+
+    with_simulator(always(kind, **({"seconds": 0.2} if kind == "stall" else {})), use)
+
+
+def test_a_request_above_the_vendors_limits_is_a_429_that_costs_nothing_and_says_when_to_come_back() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        replies = [await ask(sim, client) for _ in range(3)]
+        assert [status for status, _, _ in replies] == [200, 200, 429]
+        assert [headers["x-ratelimit-remaining-requests"] for _, headers, _ in replies] == ["1", "0", "0"]
+        refused = replies[2][1]
+        assert refused["x-ratelimit-limit-requests"] == "2"
+        assert 0 < int(refused["retry-after-ms"]) <= 30_000
+        assert refused["Retry-After"] == str(-(-int(refused["retry-after-ms"]) // 1000))
+        assert json.loads(replies[2][2])["error"]["code"] == "rate_limit_exceeded"
+        async with client.post(sim.base_url("one") + "/messages", json=MESSAGE_ASK) as response:
+            assert (response.status, (await response.json())["error"]["type"]) == (429, "rate_limit_error")
+            assert response.headers["anthropic-ratelimit-requests-remaining"] == "0"
+            assert response.headers["anthropic-ratelimit-requests-reset"].endswith("Z")
+        lines = list(sim.bill.lines())
+        assert [line.outcome for line in lines] == ["answered", "answered", "limited", "limited"]
+        assert [line.cost > 0 for line in lines] == [True, True, False, False]
+        assert sim.bill.totals()["one"].failed == 2
+        await sim.change("one", rpm=100)
+        assert (await ask(sim, client))[1]["x-ratelimit-remaining-requests"] == "99"
+
+    with_simulator(script(rpm=2), use)
+
+
+def test_without_limits_there_are_no_headers_of_them() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        assert not [name for name in (await ask(sim, client))[1] if "ratelimit" in name.lower()]
+
+    with_simulator(script(), use)
+
+
+def test_tokens_are_limited_by_what_a_request_reads_and_writes() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        _, headers, text = await ask(sim, client)
+        used = json.loads(text)["usage"]["total_tokens"]
+        assert int(headers["x-ratelimit-remaining-tokens"]) == 100 - used
+        assert (await ask(sim, client))[0] == 429
+
+    with_simulator(script(tpm=100), use)
+
+
+def test_calls_at_once_are_limited_and_make_room_when_they_end() -> None:
+    async def use(sim: Simulator, client: aiohttp.ClientSession) -> None:
+        asked = [asyncio.create_task(ask(sim, client)) for _ in range(2)]
+        await until(lambda: len(sim.bill) == 2)
+        status, headers, _ = await ask(sim, client)
+        assert (status, headers["Retry-After"], headers["retry-after-ms"]) == (429, "1", "500")
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)
+        await settled(sim)
+        await sim.change("one", latency={"ms": 0})
+        assert (await ask(sim, client))[0] == 200
+
+    with_simulator(script(concurrency=2, latency={"ms": 3_600_000}), use)
+
+
+@given(st.integers(1, 600), st.lists(st.tuples(st.floats(0, 5), st.integers(1, 50)), max_size=60))
+def test_a_bucket_never_gives_more_than_it_holds_and_refills_and_its_hint_suffices(limit: int, asks: list[tuple[float, int]]) -> None:
+    bucket, now_s, given_ = Bucket(limit, 0.0), 0.0, 0
+    for pause_s, wanted in asks:
+        now_s += pause_s
+        wait_s = bucket.wait_s(wanted, now_s)
+        if wait_s > 0:
+            now_s += wait_s + 1e-6
+            assert bucket.wait_s(wanted, now_s) == 0
+        bucket.take(wanted)
+        given_ += min(wanted, limit)
+        assert given_ <= limit + limit * now_s / 60 + 1e-3
 
 
 def test_models_livez_and_unknown_routes() -> None:
@@ -606,6 +773,8 @@ def test_unique_items_are_unique() -> None:
         ({"outages": [{"kind": "reset"}]}, "an outage needs from_s/to_s or from_request/to_request"),
         ({"outages": [{"kind": "reset", "from_s": 5, "to_s": 5}]}, "the window ends before it begins"),
         ({"outages": [{"kind": "refuse", "from_s": 5}]}, "needs a port of its own: add port = 0"),
+        ({"rpm": 0}, "providers.one.rpm: Input should be greater than 0"),
+        ({"concurency": 3}, "unknown key providers.one.concurency, did you mean 'concurrency'?"),
         ({"port": 0, "outages": [{"kind": "refuse", "from_request": 5}]}, 'goes by from_s/to_s; else use "reset"'),
         ({"latency": {"median_ms": 5}}, "write either { ms = 50 } or { median_ms = 60, p99_ms = 400 }"),
         ({"price": {"input": 0.28, "output": "1"}}, 'write money as a string, as in "0.28"'),
@@ -620,7 +789,7 @@ def test_a_mistake_in_a_script_names_the_file_the_key_and_what_to_do(provider: d
 
 
 def test_the_example_script_loads_and_a_missing_or_broken_one_is_named(tmp_path: Path) -> None:
-    assert set(load(ROOT / "examples" / "faults.toml").providers) == {"steady", "flaky", "dying", "unplugged"}
+    assert set(load(ROOT / "examples" / "faults.toml").providers) == {"steady", "flaky", "dying", "crowded", "unplugged"}
     with pytest.raises(UsageError, match=r"no .*absent\.toml here"):
         load(tmp_path / "absent.toml")
     broken = tmp_path / "broken.toml"

@@ -22,7 +22,7 @@ from worker.events import origin
 from worker.grouping import Group
 from worker.job import JobState, Lane
 from worker.ledger import Claim, Settlement, claim, settle
-from worker.route import first_calls, route
+from worker.route import first_calls, route, warmed
 from worker.settlement import Cancelled, Released, decide
 from worker.signals import Billing
 from worker.slots import Slots
@@ -166,7 +166,8 @@ class Attempts:
             return held.stopped
         held.walking = True
         try:
-            return await self._chain.answer(walk, route(self._config, held.claim.chain))
+            chain = warmed(route(self._config, held.claim.chain), held.claim.job_id)
+            return await self._chain.answer(walk, chain)
         except asyncio.CancelledError:
             if held.stopped is None:
                 raise

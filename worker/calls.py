@@ -117,12 +117,13 @@ class NewCall:
 # How a call ended, as a record of JSON and as what is written to its row.
 ENDED = """
     id uuid, job_id uuid, fence bigint, started_at timestamptz, ended_at timestamptz, latency_ms int, outcome text, http_status int,
-    error_code text, input_tokens int, output_tokens int, cached_tokens int, reasoning_tokens int, billing text, cost_usd numeric,
-    price_source text, answer jsonb, settled bool"""
+    error_code text, input_tokens int, output_tokens int, cached_tokens int, reasoning_tokens int, estimated bool, billing text,
+    cost_usd numeric, price_source text, answer jsonb, settled bool"""
 BOOK = """
     started_at = c.started_at, ended_at = c.ended_at, latency_ms = c.latency_ms, outcome = c.outcome, http_status = c.http_status,
     error_code = c.error_code, input_tokens = c.input_tokens, output_tokens = c.output_tokens, cached_tokens = c.cached_tokens,
-    reasoning_tokens = c.reasoning_tokens, billing = c.billing, cost_usd = c.cost_usd, price_source = c.price_source"""
+    reasoning_tokens = c.reasoning_tokens, estimated = coalesce(c.estimated, false), billing = c.billing, cost_usd = c.cost_usd,
+    price_source = c.price_source"""
 
 
 _OPEN = text(f"""

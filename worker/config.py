@@ -38,9 +38,15 @@ class PriceConfig(_Section):
 
 
 class ProviderConfig(_Section):
-    """One callable endpoint. `timeout_s` bounds a whole call; `connect_timeout_s` its connection."""
+    """One callable endpoint. `timeout_s` bounds a whole call; `connect_timeout_s` its connection.
+
+    `rpm`, `tpm` and `max_concurrency` are what the vendor grants for this key and model: requests and tokens a minute, and calls
+    at once, of all workers together. `stream`: the answer is read as it is written, so that a provider which has not begun
+    after `first_token_timeout_s`, or falls silent for `stall_timeout_s`, is left before its `timeout_s`.
+    """
 
     base_url: str
+    dialect: Literal["openai", "anthropic"] = "openai"
     api_key: str | None = None  # "env:NAME"
     model: str = Field(min_length=1)
     timeout_s: float = Field(60, gt=0, le=3600)
@@ -49,7 +55,27 @@ class ProviderConfig(_Section):
     context_tokens: int | None = Field(None, gt=0)  # window of the model, to find a larger one
     rpm: int | None = Field(None, gt=0)
     tpm: int | None = Field(None, gt=0)
+    max_concurrency: int | None = Field(None, gt=0)
+    stream: bool = False
+    first_token_timeout_s: float = Field(15, gt=0)
+    stall_timeout_s: float = Field(20, gt=0)
     price: PriceConfig | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ProviderConfig:
+        if self.connect_timeout_s > self.timeout_s:
+            raise ValueError("connect_timeout_s is above timeout_s, which bounds the whole call")
+        for name in ("first_token_timeout_s", "stall_timeout_s"):
+            if name in self.model_fields_set and not self.stream:
+                raise ValueError(f"{name} means nothing without stream = true")
+            if name in self.model_fields_set and getattr(self, name) > self.timeout_s:
+                raise ValueError(f"{name} is above timeout_s, which bounds the whole call")
+        return self
+
+    @property
+    def host(self) -> str:
+        """What several providers may share, and lose together: host and port."""
+        return urlsplit(self.base_url).netloc
 
     @field_validator("base_url")
     @classmethod
@@ -78,23 +104,76 @@ class ProviderConfig(_Section):
         return os.environ[variable]
 
 
-class ChainConfig(_Section):
-    """`on_unknown`: what becomes of a job when a call may have been answered and billed although no answer came.
+class CacheConfig(_Section):
+    """Answers kept for exactly the same request of the same tenant, when its temperature is at most 0.3 or it has a seed.
 
-    "retry" asks on and may pay twice; "park" ends the job as failed, for a person to look at and requeue.
+    `fresh_s`: a younger one is given instead of asking anybody. `stale_s`: one not older than that is given, marked as degraded,
+    when nobody answers. `any_temperature`: also where the answer would be another each time.
+    """
+
+    fresh_s: float = Field(0, ge=0, le=86_400)
+    stale_s: float = Field(86_400, ge=0, le=2_592_000)
+    any_temperature: bool = False
+
+
+class ChainConfig(_Section):
+    """An ordered list of providers, and what to do with them.
+
+    `strategy`: "ordered" asks one after the other; "hedge" asks the next one as well when one takes longer than 95 % of its
+    calls do, within a budget, and never one that costs over 1.5 times as much unless `hedge_dearer`; "race" asks all at once for
+    8 s and takes the first answer: it pays for all. `degrade`: what is given when nobody answers, in this order.
+    `on_unknown`: what becomes of a job when a call may have been answered and billed although no answer came. "retry" asks
+    on and may pay twice; "park" ends the job as failed, for a person to look at and requeue. `on_truncated`: whether an answer
+    that max_tokens cut off is taken or the next provider asked. `overflow`: bulk jobs go on to the next provider when the limits
+    of one leave them no room; else they wait for it while it is well and their deadline is far. `warm_share`: of its jobs, so many
+    ask one of the later providers first, so that an untried one is no surprise.
     """
 
     providers: tuple[Name, ...] = Field(min_length=1)
     strategy: Literal["ordered", "hedge", "race"] = "ordered"
     degrade: tuple[Literal["smaller", "cache", "static", "park"], ...] = ()
+    smaller: Name | None = None
+    static_text: str | None = Field(None, min_length=1)
+    cache: CacheConfig = CacheConfig()
     on_unknown: Literal["retry", "park"] = "retry"
+    on_truncated: Literal["accept", "next"] = "accept"
+    overflow: bool = False
+    warm_share: float = Field(0, ge=0, le=0.1)
+    hedge_dearer: bool = False
 
-    @field_validator("providers")
+    @field_validator("providers", "degrade")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("a provider stands in the chain twice")
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"{name!r} stands in it twice")
         return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ChainConfig:
+        several, asks_twice = len(self.providers) > 1, self.strategy != "ordered"
+        rules = (
+            (asks_twice and not several, f'strategy = "{self.strategy}" needs at least two providers'),
+            (asks_twice and self.on_unknown == "park", f'strategy = "{self.strategy}" pays twice, on_unknown = "park" forbids it'),
+            (self.hedge_dearer and self.strategy != "hedge", 'hedge_dearer means nothing without strategy = "hedge"'),
+            (self.warm_share > 0 and not several, "warm_share needs a second provider to keep warm"),
+            (self.warm_share > 0 and self.strategy == "race", 'warm_share means nothing with strategy = "race", which asks all'),
+            ("smaller" in self.degrade and self.smaller is None, 'degrade has "smaller": name its provider, smaller = "…"'),
+            ("smaller" not in self.degrade and self.smaller is not None, 'smaller means nothing without "smaller" in degrade'),
+            (self.smaller in self.providers, f"smaller: {self.smaller} is in the chain already"),
+            ("static" in self.degrade and self.static_text is None, 'degrade has "static": give its text, static_text = "…"'),
+            ("static" not in self.degrade and self.static_text is not None, 'static_text means nothing without "static" in degrade'),
+            ("park" in self.degrade[:-1], '"park" waits until the deadline: it comes last in degrade'),
+            ("cache" in self.model_fields_set and not self.caches, 'cache means nothing without "cache" in degrade or fresh_s'),
+        )
+        for broken, rule in rules:
+            if broken:
+                raise ValueError(rule)
+        return self
+
+    @property
+    def caches(self) -> bool:
+        return "cache" in self.degrade or self.cache.fresh_s > 0
 
 
 class CanaryConfig(_Section):
@@ -119,9 +198,10 @@ class Config(_Section):
         if "default" not in self.chains:
             raise ValueError("chains.default is missing: jobs that name no chain take it")
         for name, chain in self.chains.items():
-            for provider in chain.providers:
-                if provider not in self.providers:
-                    raise ValueError(f"chains.{name}.providers: no provider {provider!r}{_hint(provider, self.providers)}")
+            for key, named in (("providers", chain.providers), ("smaller", (chain.smaller,) if chain.smaller else ())):
+                for provider in named:
+                    if provider not in self.providers:
+                        raise ValueError(f"chains.{name}.{key}: no provider {provider!r}{_hint(provider, self.providers)}")
         for name, canary in self.canaries.items():
             if canary.chain not in self.chains:
                 raise ValueError(f"canaries.{name}.chain: no chain {canary.chain!r}{_hint(canary.chain, self.chains)}")
@@ -146,13 +226,18 @@ class Config(_Section):
 
     def not_yet(self) -> list[str]:
         """Settings that are read but have no effect in this version, for `config check` and the start of a worker to say."""
-        return [
-            *(f"providers.{n}.{k}" for n, p in self.providers.items() for k in ("rpm", "tpm") if getattr(p, k)),
-            *(f'chains.{n}.strategy = "{c.strategy}"' for n, c in self.chains.items() if c.strategy != "ordered"),
-            *(f"chains.{n}.degrade" for n, c in self.chains.items() if c.degrade),
-            *(f"canaries.{n}" for n in self.canaries),
-            *(["alerts.webhook"] if self.alerts.webhook else []),
-        ]
+        return [*(f"canaries.{n}" for n in self.canaries), *(["alerts.webhook"] if self.alerts.webhook else [])]
+
+    def notes(self) -> list[str]:
+        """What is allowed and costs more than one may think, for `config check` to say."""
+        notes = []
+        for name, chain in self.chains.items():
+            hosts = {self.providers[provider].host for provider in chain.providers}
+            if len(chain.providers) > 1 and len(hosts) == 1:
+                notes.append(f"chains.{name}: all its providers are at {hosts.pop()}, and fail together when that does")
+            if chain.strategy == "race":
+                notes.append(f"chains.{name}: a race pays all {len(chain.providers)} providers for each job")
+        return notes
 
 
 def load(path: Path) -> Config:

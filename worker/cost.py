@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,20 +14,24 @@ from typing import Any, NamedTuple
 
 from worker.config import ProviderConfig
 
+BYTES_A_TOKEN = 3.5  # of English and of JSON with the usual tokenizers; other scripts take more tokens
+IMAGE_TOKENS = 1000  # of one that is sent along; vendors count some hundred to 1,600, whatever its bytes
 _QUANTUM = Decimal("1e-12")  # scale of provider_calls.cost_usd
+_DATA_URL = re.compile(r'(?<!\\)"data:[^"\\]*"')
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one call, normalised: the input includes the cached ones, the output includes the reasoning ones.
 
-    None: the provider did not say.
+    None: the provider did not say. `estimated`: it did not of an answer, so what is missing was reckoned from the texts.
     """
 
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
+    estimated: bool = False
 
     def to_json(self) -> dict[str, int | None]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -75,6 +82,15 @@ class Pricing:
         cached_rate = rates.input if rates.cached is None else rates.cached
         per_million = (usage.input_tokens - cached) * rates.input + cached * cached_rate + usage.output_tokens * rates.output
         return per_million.scaleb(-6).quantize(_QUANTUM)
+
+
+def estimated_tokens(said: str | list[dict[str, Any]]) -> int:
+    """Of a text or of messages, before or although nobody has counted them: a token for each 3.5 bytes of UTF-8.
+
+    A file in a data URL counts as IMAGE_TOKENS, for its bytes say nothing.
+    """
+    text, files = (said, 0) if isinstance(said, str) else _DATA_URL.subn("", json.dumps(said, ensure_ascii=False))
+    return math.ceil(len(text.encode("utf-8", "replace")) / BYTES_A_TOKEN) + files * IMAGE_TOKENS
 
 
 @lru_cache(maxsize=1024)

@@ -67,7 +67,10 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a provider said. `degraded` names how an answer fell short of a full one (`cache`, `static`, ...), else None."""
+    """What a provider said. `degraded` names how an answer fell short of a full one, else None: `smaller`, `cache`, `static`.
+
+    `age_s`: of one that was kept from an earlier job, with what it used and cost then; None for a new one.
+    """
 
     content: str | None
     finish_reason: str
@@ -76,6 +79,7 @@ class Answer:
     usage: Usage
     tool_calls: list[dict[str, Any]] | None = None
     degraded: str | None = None
+    age_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__} | {"usage": self.usage.to_json()}
@@ -84,9 +88,10 @@ class Answer:
     def from_json(cls, body: Any) -> Answer:
         """What `to_json` wrote, without what a newer version added. Raises Unreadable where something is missing or another type."""
         if isinstance(body, dict) and all(fits(body.get(name)) for name, fits in _ANSWER.items()):
-            usage = {name: body["usage"].get(name) for name in Usage.__slots__}
-            if all(count is None or type(count) is int for count in usage.values()):
-                said: dict[str, Any] = {name: body.get(name) for name in _ANSWER} | {"usage": Usage(**usage)}
+            estimated = body["usage"].get("estimated", False)
+            counts = {name: body["usage"].get(name) for name in Usage.__slots__ if name != "estimated"}
+            if isinstance(estimated, bool) and all(count is None or type(count) is int for count in counts.values()):
+                said: dict[str, Any] = {name: body.get(name) for name in _ANSWER} | {"usage": Usage(**counts, estimated=estimated)}
                 return cls(**said)
         raise Unreadable("the answer of this job is not one this version wrote: read it with the version that did")
 
@@ -97,6 +102,10 @@ def _objects(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _number_or_none(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _text_or_none(value: Any) -> bool:
@@ -111,6 +120,7 @@ _ANSWER: Mapping[str, Callable[[Any], bool]] = {
     "usage": lambda value: isinstance(value, dict),
     "tool_calls": lambda value: value is None or _objects(value),
     "degraded": _text_or_none,
+    "age_s": _number_or_none,
 }
 
 

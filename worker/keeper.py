@@ -54,6 +54,7 @@ class Keeper:
         self._lanes = lanes
         self._seen_s = 0.0
         self._strays: Mapping[UUID, int] = {}
+        self._fleet = 1
         self.worker_id = new_id()
 
     def fresh(self) -> bool:
@@ -64,6 +65,10 @@ class Keeper:
     def may_call(self, claim: Claim) -> bool:
         """Whether it is fresh, and was not held dead since it claimed the job: else no new request is sent."""
         return claim.worker_id == self.worker_id and self.fresh()
+
+    def fleet(self) -> int:
+        """How many workers were alive at its last heartbeat, itself among them."""
+        return self._fleet
 
     async def register(self) -> None:
         """This process stands in `workers` under a fresh id. Raises DBAPIError."""
@@ -112,6 +117,7 @@ class Keeper:
             await self.register()
             return
         self._seen_s = time.monotonic()
+        self._fleet = max(1, rows[0].fleet)
         if self._settings.heartbeat_file:
             with suppress(OSError):  # a full disk: then only the health check is wrong
                 self._settings.heartbeat_file.touch()
@@ -206,7 +212,8 @@ WITH me AS (
     UPDATE workers SET seen_at = now(), waiting = CAST(:waiting AS uuid[]), state = :state
     WHERE id = :id AND state IN ('live', 'draining') RETURNING id
 )
-SELECT j.id AS job_id, j.fence, j.cancel_requested FROM me LEFT JOIN jobs j ON j.worker_id = me.id AND j.state = 'running'
+SELECT j.id AS job_id, j.fence, j.cancel_requested, (SELECT count(*) FROM workers WHERE state = 'live') AS fleet
+FROM me LEFT JOIN jobs j ON j.worker_id = me.id AND j.state = 'running'
 """)
 
 # A process that was frozen, or whose host is cut off, keeps its lock for as long as its connection stands. A leader's never is

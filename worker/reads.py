@@ -89,7 +89,7 @@ async def calls(db: AsyncEngine, job_id: UUID) -> list[CallView]:
     """Every request sent for the job, in the order they left. Whose job it is, the caller has asked `job` before."""
     sql = """
     SELECT id, provider, model, fence AS attempt, opened_at, started_at, ended_at, latency_ms, outcome, http_status,
-           error_code, input_tokens, output_tokens, cached_tokens, reasoning_tokens, billing, cost_usd, price_source
+           error_code, input_tokens, output_tokens, cached_tokens, reasoning_tokens, estimated, billing, cost_usd, price_source
     FROM provider_calls WHERE job_id = :id ORDER BY coalesce(started_at, opened_at), id
     """
     return [CallView(**row) for row in await _rows(db, sql, id=job_id)]
@@ -144,7 +144,9 @@ async def costs(db: AsyncEngine, by: CostKey, since: datetime, tenant: str | Non
     SELECT {_COST_KEYS[by]} AS key, count(*) AS calls, count(*) FILTER (WHERE c.billing = 'billed') AS billed,
            {_UNKNOWN} AS unknown, coalesce(sum(c.input_tokens), 0) AS input_tokens,
            coalesce(sum(c.output_tokens), 0) AS output_tokens, {_COST} AS cost_usd,
-           coalesce(1 - {_UNKNOWN}::float8 / nullif(count(*) FILTER (WHERE {_MAYBE_BILLED}), 0), 1) AS coverage
+           coalesce(1 - {_UNKNOWN}::float8 / nullif(count(*) FILTER (WHERE {_MAYBE_BILLED}), 0), 1) AS coverage,
+           count(*) FILTER (WHERE c.estimated) AS estimated_calls,
+           CASE WHEN bool_or(c.estimated) THEN sum(c.cost_usd) FILTER (WHERE c.estimated) ELSE 0 END AS estimated_usd
     FROM provider_calls c JOIN jobs j ON j.id = c.job_id LEFT JOIN batches b ON b.id = j.batch_id
     WHERE c.opened_at >= :since {_of("j", tenant)} GROUP BY 1 ORDER BY {order}
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from uuid import UUID
 
 from worker.config import ChainConfig, Config
 from worker.errors import UsageError
@@ -14,6 +15,16 @@ def route(config: Config, chain: str) -> ChainConfig:
         return config.chain(chain)
     except UsageError:
         return config.chain("default")
+
+
+def warmed(chain: ChainConfig, job_id: UUID) -> ChainConfig:
+    """The chain as this job walks it: for `warm_share` of all jobs one of the later providers comes first, always the same for a job."""
+    draw = job_id.int & 0xFFFF_FFFF  # of the random end of a UUIDv7
+    if draw >= chain.warm_share * 2**32:
+        return chain
+    first, *later = chain.providers
+    warm = later[(job_id.int >> 32) % len(later)]
+    return chain.model_copy(update={"providers": (warm, first, *(name for name in later if name != warm))})
 
 
 def first_calls(config: Config, seems_closed: Callable[[str], bool]) -> Mapping[str, tuple[str, str]]:

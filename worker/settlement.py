@@ -10,9 +10,8 @@ from typing import Any, assert_never
 from worker.job import JobState
 from worker.ledger import Settlement
 from worker.resilience.backoff import delay_s
-from worker.walk import Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
+from worker.walk import MAX_ATTEMPTS, Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 
-MAX_ATTEMPTS = 10  # ended without an answer so often, a job is given up
 AGAIN_BASE_S = 2.0
 AGAIN_CAP_S = 300.0
 PARK_JITTER = 0.2  # parked jobs come back spread over so much more than the wait, never sooner
@@ -44,7 +43,7 @@ def decide(outcome: Outcome | Cancelled | Released, walk: Walk, *, rng: Callable
             return _settlement(walk, JobState.FAILED, error=error)
         case OutOfTime():
             return _settlement(walk, JobState.EXPIRED, error=_error(walk, "deadline", "the deadline passed first"))
-        case Exhausted() if walk.claim.attempts + 1 >= MAX_ATTEMPTS:
+        case Exhausted(patient=False) if walk.claim.attempts + 1 >= MAX_ATTEMPTS:
             error = _error(walk, "all_providers_failed", f"all providers failed in {MAX_ATTEMPTS} attempts")
             return _settlement(walk, JobState.FAILED, error=error, counted=True)
         case Exhausted():

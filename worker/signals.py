@@ -61,7 +61,10 @@ class Policy:
 
     `retry`: one more call to the same provider may help. `slow`: it counts as a slow call as well. `block_s`: shut the
     provider to all workers for its Retry-After, or for this long when it names none. `isolate_s`: take it out (a fault
-    of key, quota or configuration) and alert. `billing`: whether such a call costs money.
+    of key, quota or configuration) and alert. `billing`: whether such a call costs money. `ease`: ask it less by this factor.
+    `metered`: the vendor counts the call's tokens against its rate limit. `interrupted`: it says nothing about the provider, which
+    may be asked again in the same walk. `hopeless`: asked again as it is, the provider would say the same. `full`: it is well and
+    has no room, which costs the job no attempt.
     """
 
     verdict: Verdict
@@ -71,6 +74,11 @@ class Policy:
     slow: bool = False
     block_s: float | None = None
     isolate_s: float | None = None
+    ease: float = 1.0
+    metered: bool = True
+    interrupted: bool = False
+    hopeless: bool = False
+    full: bool = False
 
 
 _S, _F, _X = Verdict.SUCCESS, Verdict.FAILURE, Verdict.NEUTRAL
@@ -79,23 +87,30 @@ _BILLED, _FREE, _UNKNOWN = Billing.BILLED, Billing.FREE, Billing.UNKNOWN
 POLICIES: Mapping[Signal, Policy] = {
     Signal.ANSWERED: Policy(verdict=_S, next=Next.STOP, billing=_BILLED),
     Signal.MALFORMED: Policy(verdict=_F, next=Next.ONWARD, billing=_BILLED),
-    Signal.UNFIT: Policy(verdict=_S, next=Next.ONWARD, billing=_BILLED),
+    Signal.UNFIT: Policy(verdict=_S, next=Next.ONWARD, billing=_BILLED, hopeless=True),
     Signal.CONTENT_POLICY: Policy(verdict=_X, next=Next.STOP, billing=_BILLED),
-    Signal.INVALID_REQUEST: Policy(verdict=_X, next=Next.STOP, billing=_FREE),
-    Signal.CONTEXT_TOO_LONG: Policy(verdict=_X, next=Next.LARGER, billing=_FREE),
-    Signal.UNAUTHORIZED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=300),
-    Signal.QUOTA_EXHAUSTED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=900),
-    Signal.MODEL_NOT_FOUND: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=900),
+    Signal.INVALID_REQUEST: Policy(verdict=_X, next=Next.STOP, billing=_FREE, metered=False),
+    Signal.CONTEXT_TOO_LONG: Policy(verdict=_X, next=Next.LARGER, billing=_FREE, metered=False, hopeless=True),
+    Signal.UNAUTHORIZED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=300, metered=False),
+    Signal.QUOTA_EXHAUSTED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=900, metered=False),
+    Signal.MODEL_NOT_FOUND: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=900, metered=False),
     Signal.REQUEST_TIMEOUT: Policy(verdict=_F, next=Next.ONWARD, billing=_UNKNOWN, retry=True),
     Signal.CONFLICT: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, retry=True),
-    Signal.RATE_LIMITED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, retry=True, block_s=1),
-    Signal.SLOW_DOWN: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, block_s=5),
+    Signal.RATE_LIMITED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, retry=True, block_s=1, ease=0.7, full=True),
+    Signal.SLOW_DOWN: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, block_s=5, ease=0.5, full=True),
     Signal.SERVER_ERROR: Policy(verdict=_F, next=Next.ONWARD, billing=_FREE, retry=True),
-    Signal.OVERLOADED: Policy(verdict=_F, next=Next.ONWARD, billing=_FREE, block_s=1),
+    Signal.OVERLOADED: Policy(verdict=_F, next=Next.ONWARD, billing=_FREE, block_s=1, ease=0.7),
     Signal.UNREACHABLE: Policy(verdict=_F, next=Next.ONWARD, billing=_FREE, retry=True),
     Signal.DROPPED: Policy(verdict=_F, next=Next.ONWARD, billing=_UNKNOWN),
     Signal.TIMED_OUT: Policy(verdict=_F, next=Next.ONWARD, billing=_UNKNOWN, slow=True),
-    Signal.OUT_OF_TIME: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN),
-    Signal.CANCELLED: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN),
-    Signal.ORPHANED: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN),
+    Signal.OUT_OF_TIME: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN, interrupted=True),
+    Signal.CANCELLED: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN, interrupted=True),
+    Signal.ORPHANED: Policy(verdict=_X, next=Next.ONWARD, billing=_UNKNOWN, interrupted=True),
 }
+
+_SILENT = Policy(verdict=_X, next=Next.ONWARD, billing=_FREE)
+
+
+def policy(outcome: str) -> Policy:
+    """Of a signal by its value; of any other word (why a provider was not asked) one from which nothing follows."""
+    return next((policy for signal, policy in POLICIES.items() if signal == outcome), _SILENT)

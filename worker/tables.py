@@ -154,6 +154,7 @@ provider_calls = Table(
     Column("output_tokens", Integer),
     Column("cached_tokens", Integer),
     Column("reasoning_tokens", Integer),
+    Column("estimated", Boolean, nullable=False, server_default=text("false")),  # the provider counted no tokens, so we did
     Column("billing", Text, CheckConstraint("billing IN ('billed','free','unknown')", name="billing"), nullable=False,
            server_default="unknown"),
     Column("cost_usd", Numeric(20, 12)),  # NULL is not known, and counted as such

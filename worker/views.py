@@ -57,7 +57,10 @@ class DeadLetters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallView:
-    """One HTTP request to a provider; `outcome` None is under way. `attempt` is the fence it was made under."""
+    """One HTTP request to a provider; `outcome` None is under way. `attempt` is the fence it was made under.
+
+    `estimated`: the provider answered and counted no tokens, so they, and the cost, are an estimate.
+    """
 
     id: UUID
     provider: str
@@ -74,6 +77,7 @@ class CallView:
     output_tokens: int | None
     cached_tokens: int | None
     reasoning_tokens: int | None
+    estimated: bool
     billing: str
     cost_usd: Decimal | None
     price_source: str | None
@@ -113,7 +117,8 @@ class CostKey(StrEnum):
 class CostRow:
     """What the calls of one provider, model, batch (None: jobs without) or UTC day cost.
 
-    `coverage`: share of the possibly billed calls whose cost is known, 0 to 1; 1 when there are none.
+    `coverage`: share of the possibly billed calls whose cost is known, 0 to 1; 1 when there are none. `estimated_usd` is the
+    part of `cost_usd`, of `estimated_calls` calls, that rests on estimated tokens.
     """
 
     key: str | None
@@ -124,6 +129,8 @@ class CostRow:
     output_tokens: int
     cost_usd: Decimal | None
     coverage: float
+    estimated_calls: int
+    estimated_usd: Decimal | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

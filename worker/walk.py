@@ -12,6 +12,8 @@ from worker.job import Answer
 from worker.ledger import Claim
 from worker.signals import POLICIES, Billing, Signal
 
+MAX_ATTEMPTS = 10  # ended without an answer so often, a job is given up
+
 
 @dataclass(frozen=True, slots=True)
 class Reason:
@@ -36,6 +38,9 @@ class Walk:
     reasons: list[Reason] = field(default_factory=list)
     unsent: list[UUID] = field(default_factory=list)  # call rows whose requests have not left
     asks_twice: bool = True  # also when an earlier call may have been answered and billed
+    takes_truncated: bool = True  # also an answer that max_tokens cut off
+    strained: bool = False  # a provider that had no room has been shrinking its limits
+    extras: int = 0  # retries and hedges
     ends_at_s: float = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +50,10 @@ class Walk:
 
     def remaining_s(self) -> float:
         return self.ends_at_s - time.monotonic()
+
+    def may_have_extra(self, most: int) -> bool:
+        """Whether one more retry or hedge may be made: so many in an attempt, and none after the second attempt."""
+        return self.extras < most and self.claim.attempts < 2
 
     def in_doubt(self) -> bool:
         """Whether a call of this walk may have been billed without an answer, and that is for a person to look at."""
@@ -75,18 +84,21 @@ class Doubtful:
 
 @dataclass(frozen=True, slots=True)
 class Exhausted:
-    """Everyone who could be asked was asked, and failed in a way that may pass."""
+    """Everyone who could be asked was asked, and failed in a way that may pass. `patient`: only the deadline ends the job."""
+
+    patient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Parked:
     """Nobody could be asked, or all who were had no room for more; the earliest that can change is in `retry_after_s`.
 
-    `new_walk`: then those who were asked may be asked again.
+    `new_walk`: then those who were asked may be asked again. `ours`: the providers have no part in it.
     """
 
     retry_after_s: float
     new_walk: bool = False
+    ours: bool = False
 
 
 @dataclass(frozen=True, slots=True)

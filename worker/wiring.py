@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from worker import spool
 from worker.app import publish
 from worker.attempt import Attempts
 from worker.calls import open_calls
-from worker.chain import Chain, Station
+from worker.chain import Chain
 from worker.config import Config, load
 from worker.cost import Pricing
 from worker.database import engine
@@ -35,11 +35,14 @@ from worker.intervene import cancel
 from worker.job import Lane
 from worker.keeper import Keeper
 from worker.loop import cancel_surely
+from worker.providers.anthropic import AnthropicMessages
 from worker.providers.http import client
 from worker.providers.openai import OpenAICompatible
-from worker.resilience.breaker import Breakers
+from worker.resilience.cache import AnswerCache
+from worker.resilience.gate import Gates, Limits
 from worker.settings import Settings
 from worker.slots import Slots
+from worker.step import Station, Steps
 from worker.waiting import announce
 
 log = structlog.get_logger(__name__)
@@ -51,7 +54,7 @@ class Connections:
 
     db: AsyncEngine
     redis: Redis
-    breakers: Breakers
+    gates: Gates
     publish: Publish
 
 
@@ -64,33 +67,54 @@ def redis_client(url: str) -> Redis:
 
 
 @asynccontextmanager
-async def connections(settings: Settings) -> AsyncIterator[Connections]:
-    """Open for one event loop. Raises UsageError or Unreachable when the URLs are unusable; connects on first use."""
+async def connections(settings: Settings, config: Config | None = None, fleet: Callable[[], int] = lambda: 1) -> AsyncIterator[Connections]:
+    """Open for one event loop. Raises UsageError or Unreachable when the URLs are unusable; connects on first use.
+
+    `config` names the limits of the providers. `fleet`: how many workers share them, for when Redis is away.
+    """
     settings = attached(settings)
     assert settings.database_url is not None
     assert settings.redis_url is not None
     db, redis = engine(settings.database_url), redis_client(settings.redis_url)
-    breaker_redis = redis_client(settings.redis_url)
-    breakers = Breakers(breaker_redis)
+    gate_redis = redis_client(settings.redis_url)
+    gates = Gates(gate_redis, limits(config) if config else {}, fleet=fleet)
     try:
-        yield Connections(db, redis, breakers, publish)
+        yield Connections(db, redis, gates, publish)
     finally:
-        await breakers.aclose()
-        await breaker_redis.aclose()
+        await gates.aclose()
+        await gate_redis.aclose()
         await redis.aclose()
         await db.dispose()
 
 
+def limits(config: Config) -> dict[str, Limits]:
+    return {n: Limits(rpm=p.rpm, tpm=p.tpm, concurrency=p.max_concurrency) for n, p in config.providers.items()}
+
+
 def stations(config: Config, http: httpx.AsyncClient) -> dict[str, Station]:
-    """Every configured provider, ready to be asked. Raises UsageError naming the variable of a missing key."""
+    """Every configured provider, ready to be asked. Raises UsageError naming the variable of a missing key, or what lacks a price."""
+    for lack in unpriced(config):
+        raise UsageError(lack)
+    dialects: Mapping[str, type[OpenAICompatible] | type[AnthropicMessages]] = {"openai": OpenAICompatible, "anthropic": AnthropicMessages}
     return {
         name: Station(
-            provider=OpenAICompatible(name, provider, http, key=provider.key()),
+            provider=dialects[provider.dialect](name, provider, http, key=provider.key()),
             config=provider,
             pricing=Pricing.of(provider),
         )
         for name, provider in config.providers.items()
     }
+
+
+def unpriced(config: Config) -> list[str]:
+    """Providers without a price in chains that keep to a share of the spend, a line each."""
+    return [
+        f'chains.{name}: strategy = "hedge" keeps to a share of the spend, so providers.{provider}.price is needed: none is listed'
+        for name, chain in config.chains.items()
+        if chain.strategy == "hedge"
+        for provider in chain.providers
+        if Pricing.of(config.providers[provider]).source is None
+    ]
 
 
 class WorkerProcess:
@@ -115,21 +139,23 @@ class WorkerProcess:
         for name in config.not_yet():
             log.warning("setting_without_effect", setting=name)
         open_ = AsyncExitStack()
-        shared = await open_.enter_async_context(connections(settings))
+        fleet: Callable[[], int] = lambda: keeper.fleet()  # noqa: E731 - of the keeper, which is made of these connections
+        shared = await open_.enter_async_context(connections(settings, config, fleet))
         assert settings.database_url is not None
         keeper_db = engine(settings.database_url, pooled=False)
         open_.push_async_callback(keeper_db.dispose)
         http = client(most_connections=settings.bulk_slots + settings.interactive_slots)
         open_.push_async_callback(http.aclose)
         keeper = Keeper(keeper_db, shared.redis, shared.publish, settings, lanes)
-        chain = Chain(stations(config, http), shared.breakers, Group(partial(open_calls, shared.db)), keeper.may_call)
+        steps = Steps(shared.gates, Group(partial(open_calls, shared.db)), keeper.may_call)
+        chain = Chain(stations(config, http), steps, AnswerCache(shared.redis))
         attempts = Attempts(
             shared.db,
             config,
             chain,
             worker_id=lambda: keeper.worker_id,
             fresh=keeper.fresh,
-            seems_closed=shared.breakers.seems_closed,
+            seems_closed=shared.gates.seems_closed,
             announce=_announcer(shared.redis),
             slots={Lane.BULK: Slots(settings.bulk_slots), Lane.INTERACTIVE: Slots(settings.interactive_slots)},
         )

@@ -112,6 +112,7 @@ def test_providers_show_their_breaker_and_this_tenants_calls(stage):
     stage.succeed(stage.submit()["id"])
     (provider,) = stage.client.get("/v1/providers").json()["data"]
     assert (provider["name"], provider["model"], provider["state"], provider["health"]) == ("a", "m-a", "closed", "healthy")
+    assert (provider["in_flight"], provider["requests_left"], provider["tokens_left"], provider["rate_multiplier"]) == (0, None, None, 1.0)
     assert (provider["today"]["calls"], provider["today"]["answered"], provider["today"]["cost_usd"]) == (1, 1, "0.000123")
     (stranger,) = stage.client.get("/v1/providers", headers=stage.key("other")).json()["data"]
     assert stranger["today"]["calls"] == 0

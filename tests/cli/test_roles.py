@@ -279,8 +279,9 @@ async def reached(db: AsyncEngine, job_id: UUID, state: str) -> Any:
 
 
 STARTER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also when the tests run under nohup
 from worker.cli.children import PAUSES_S, Children
 from worker.cli.fleet import somebody_works
 with Children(Path("logs")) as children:

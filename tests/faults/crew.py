@@ -17,6 +17,7 @@ from lab import SAMPLE_S, Lab
 from sqlalchemy.exc import DBAPIError
 
 LOOK_S = 0.02
+STARTS = 6
 START_LOOK_S = 0.1  # a worker takes seconds to start, all of the machine's
 BUSY_S = 5.0
 _REGISTERED = "SELECT FROM workers WHERE pid = :pid AND state = 'live'"
@@ -79,6 +80,17 @@ class Crew:
             for worker in frozen:
                 worker.thaw()
 
+    async def haunt(self, places: Sequence[int]) -> None:
+        """Frozen until others held them dead, then thawed: a ghost with old claims, which is to take a new name."""
+        async with self.hands:
+            for worker in await self._standing(places):
+                await self._at_work([worker])
+                async with self.ledger:
+                    await worker.freeze_until_dead()
+                self.lab.history.note("haunted", worker=worker.name)
+                worker.thaw()
+                await worker.live()
+
     async def replace_politely(self, places: Iterable[int]) -> None:
         """One after the other: the new one is live, then SIGTERM, and the old one has drained. Raises AssertionError if it did not."""
         async with self.hands:
@@ -127,14 +139,15 @@ class Crew:
         return [self.workers[place] for place in places]
 
     async def _hired(self) -> Worker:
-        """Started again if Postgres goes away meanwhile."""
-        while True:
+        """Started again if Postgres goes away meanwhile. Raises AssertionError with its last words when that does not help."""
+        for _ in range(STARTS):
             worker = await self.lab.worker(f"worker-{next(self._numbers)}")
             while worker.alive():
                 if await self._found(_REGISTERED, pid=worker.pid):
                     return worker
                 await asyncio.sleep(START_LOOK_S)
             self.lab.history.note("did not start", worker=worker.name, code=await worker.ended(), words=worker.last_words()[-2000:])
+        raise AssertionError(f"no worker starts: {worker.last_words()}")
 
     async def _replace(self, place: int) -> None:
         self.workers[place] = await self._hired()

@@ -43,7 +43,8 @@ def _befallen(events: Sequence[Mapping[str, Any]]) -> Figures:
     happened = Counter(event["what"] for event in events)
     faults = Counter(event["name"] for event in events if event["what"] == "fault")
     return {
-        "workers killed": happened["killed"],
+        "workers killed": happened["killed"] - happened["haunted"],
+        "… and others that came back from the dead": happened["haunted"],
         "Redis flushed": happened["flushed"],
         "Postgres restarted": happened["postgres restarted"],
         "workers drained": happened["drained"],

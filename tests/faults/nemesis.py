@@ -52,7 +52,7 @@ FULL = Size(
     decks={
         "workers": {
             "kill one worker": 10, "kill two workers": 8, "kill three workers": 5, "kill all workers": 2, "cut the power of all": 1,
-            "freeze workers": 5, "replace a worker": 3, "replace all workers": 2, "kill the API": 3,
+            "freeze workers": 4, "bring a worker back from the dead": 2, "replace a worker": 3, "replace all workers": 2, "kill the API": 3,
         },
         "postgres": {
             "stop Postgres at once": 3, "kill Postgres": 3, "restart Postgres": 2, "kill Postgres for longer than the TTL": 2,
@@ -75,7 +75,7 @@ SHORT = Size(
     workers=4,
     rounds=6,
     decks={
-        "workers": {"kill one worker": 2, "kill two workers": 2, "freeze workers": 1, "replace a worker": 1},
+        "workers": {"kill one worker": 2, "kill two workers": 2, "bring a worker back from the dead": 1, "replace a worker": 1},
         "postgres": {"stop Postgres at once": 1, "kill Postgres for longer than the TTL": 1, "end sessions of Postgres": 1},
         "redis": {"flush Redis": 4, "restart Redis": 1, "cut clients of Redis off": 1},
         "vendors": {"errors of a vendor": 1, "a vendor hangs": 1, "a vendor is full": 1},
@@ -136,6 +136,9 @@ class Nemesis:
 
     async def freeze(self, strike: Strike) -> None:
         await self.crew.freeze(strike.places, strike.for_s)
+
+    async def haunt(self, strike: Strike) -> None:
+        await self.crew.haunt(strike.places)
 
     async def replace(self, strike: Strike) -> None:
         await self.crew.replace_politely(strike.places)
@@ -269,6 +272,7 @@ FAULTS: Mapping[str, Fault] = {
     "kill all workers": Fault(Nemesis.kill, workers=100),
     "cut the power of all": Fault(Nemesis.cut_power, (0.5, 2), workers=100),
     "freeze workers": Fault(Nemesis.freeze, (0.3, TTL_S / 3)),
+    "bring a worker back from the dead": Fault(Nemesis.haunt, workers=1),
     "replace a worker": Fault(Nemesis.replace, workers=1),
     "replace all workers": Fault(Nemesis.replace, workers=100),
     "kill the API": Fault(Nemesis.kill_api),

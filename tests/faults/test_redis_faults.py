@@ -22,6 +22,7 @@ JOBS = 200
 SLOW = {"providers": {"first": {"model": "sim", "latency": {"ms": 150}}}}
 BULK = queue_name(Lane.BULK)
 PATIENT = {"BACKSTOP_HEARTBEAT_TTL_S": "60"}  # a worker that is stopped for a moment is not dead
+ROOMY = {"BACKSTOP_BULK_SLOTS": "300"}  # whatever comes runs at once
 # Three messages at a time, which fill its slots: what is published beyond that waits in Redis.
 UNHURRIED = {"BACKSTOP_PACK_SIZE": "30", "BACKSTOP_INTERACTIVE_SLOTS": "1"}
 
@@ -45,9 +46,11 @@ async def two_roles(lab):
 
 
 @asynccontextmanager
-async def messages_waiting(lab, consumer):
-    """Messages lie in the queue, and nobody takes one."""
+async def messages_waiting(lab, consumer, *, more=0):
+    """Messages lie in the queue, and nobody takes one. `more` jobs are submitted for it, where there may be none left."""
     consumer.freeze()
+    if more:
+        await lab.submit_batch(more)
     await until(lambda: lab.redis.llen(BULK))
     yield
     consumer.thaw()
@@ -208,13 +211,13 @@ def test_a_redis_that_comes_back_with_the_right_epoch_and_old_messages_is_not_be
 def test_a_queue_an_epoch_and_all_but_the_epoch_may_be_deleted_under_load(laboratory):
     async def story(lab):
         leader, consumer = await two_roles(lab)
-        async with messages_waiting(lab, consumer), lab.fault("queue deleted"):
+        async with messages_waiting(lab, consumer, more=50), lab.fault("queue deleted"):
             assert await lab.redis.delete(BULK) == 1
         await lab.until_true(lambda: leader.said('"message lost"'))
-        async with messages_waiting(lab, consumer), lab.fault("epoch deleted"):
+        async with messages_waiting(lab, consumer, more=50), lab.fault("epoch deleted"):
             assert await lab.redis.delete(EPOCH_KEY) == 1
         await lab.until_true(lambda: leader.said('"new epoch"'))
-        async with messages_waiting(lab, consumer), lab.fault("all but the epoch deleted"):
+        async with messages_waiting(lab, consumer, more=50), lab.fault("all but the epoch deleted"):
             assert await lab.redis.delete(*{key async for key in lab.redis.scan_iter()} - {EPOCH_KEY.encode()}) > 1
         await each_was_answered_once(lab, leader, consumer)
 
@@ -326,16 +329,37 @@ def test_connections_that_are_killed_whenever_they_are_back_cost_no_call(laborat
 
 def test_a_message_whose_reply_was_lost_is_sent_twice_and_obeyed_once(laboratory):
     async def story(lab):
-        worker = await under_load(lab)
-        for _ in range(3):
-            await lab.valkey.proxy.lose_reply(b"LPUSH").wait()
+        leader, consumer = await lab.workers("leader", lanes=[Lane.INTERACTIVE]), await lab.workers("consumer", lanes=[Lane.BULK])
+        workers = [*leader, *consumer]
+        await each_was_answered_once(lab, *workers)
+        consumer[0].freeze()
+        lost = lab.valkey.proxy.lose_reply(b"LPUSH")
+        await lab.submit_batch(50)
+        await lost.wait()
+        await until(lambda: twice(lab))
+        consumer[0].thaw()
         await lab.all_ended()
         lost = lab.valkey.proxy.lose_reply(b"LPUSH")  # of a producer's own message
         await lab.submit_one()
         assert lost.is_set()
+        await each_was_answered_once(lab, *workers)
+
+    async def twice(lab):
+        return await lab.redis.llen(BULK) > 5
+
+    laboratory(story, script=SLOW, environment=PATIENT | ROOMY)
+
+
+def test_messages_that_come_again_while_their_jobs_run_match_nothing(laboratory):
+    async def story(lab):
+        (worker,) = await lab.workers("worker")
+        _, ids = await lab.submit_batch(50)
+        await lab.until_asked(50)
+        for first in range(0, 50, 10):
+            await lab.deliver(ids[first : first + 10])
         await each_was_answered_once(lab, worker)
 
-    laboratory(story, script=SLOW)
+    laboratory(story, script={"providers": {"first": {"model": "sim", "latency": {"ms": 2000}}}}, environment=ROOMY)
 
 
 def test_flower_may_come_freeze_and_go(laboratory, tmp_path):

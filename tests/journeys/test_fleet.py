@@ -236,7 +236,7 @@ def test_what_one_worker_learnt_of_a_provider_the_other_obeys(fleet):
             (row,) = await select(opened, "SELECT succeeded FROM batches WHERE id = :id", id=made)
             assert row.succeeded == 30
             assert fleet.simulator.requests("locked") == 1
-            (status,) = await opened.breakers.status(["locked"])
+            (status,) = await opened.gates.status(["locked"])
             assert status.state == "isolated"
 
     asyncio.run(main())

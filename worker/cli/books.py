@@ -12,12 +12,15 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 GOOD = frozenset({"answered", "slow"})
-_CALLS = text("SELECT id, job_id, provider, outcome, cost_usd FROM provider_calls WHERE opened_at >= :since")
+_CALLS = text("SELECT id, job_id, provider, outcome, cost_usd, estimated FROM provider_calls WHERE opened_at >= :since")
 
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """One provider, on its side and on ours. `unknown_calls`: their cost is not known to us, `unknown_usd` is what it charges for them."""
+    """One provider, on its side and on ours. `unknown_calls`: their cost is not known to us, `unknown_usd` is what it charges for them.
+
+    `estimated_usd`: the part of `booked_usd` for which it counted no tokens; it may charge another sum.
+    """
 
     billed_requests: int
     booked_requests: int
@@ -26,6 +29,7 @@ class Books:
     booked_usd: Decimal
     unknown_calls: int
     unknown_usd: Decimal
+    estimated_usd: Decimal = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +62,19 @@ async def compare(db: AsyncEngine, http: httpx.AsyncClient, simulator: str, sinc
         lines = [line for line in bill if line["provider"] == name]
         ours = [call for call in calls if call.provider == name]
         charges = {line["call_id"]: Decimal(line["cost"]) for line in lines}
+        known = [call for call in ours if call.cost_usd is not None]
         unknown = [call for call in ours if call.cost_usd is None]
         providers[name] = Books(
             billed_requests=len(lines),
             booked_requests=len(ours),
             billed_answers=sum(line["outcome"] in GOOD for line in lines),
             billed_usd=sum(charges.values(), Decimal(0)),
-            booked_usd=sum((call.cost_usd for call in ours if call.cost_usd is not None), Decimal(0)),
+            booked_usd=sum((call.cost_usd for call in known), Decimal(0)),
             unknown_calls=len(unknown),
             unknown_usd=sum((charges.get(str(call.id), Decimal(0)) for call in unknown), Decimal(0)),
+            estimated_usd=sum((call.cost_usd for call in known if call.estimated), Decimal(0)),
         )
-        wrong = [call for call in ours if call.cost_usd is not None and call.cost_usd != charges.get(str(call.id))]
+        wrong = [call for call in known if not call.estimated and call.cost_usd != charges.get(str(call.id))]
         if wrong:
             faults.append(f"{name} charges other sums than our books say for {len(wrong)} calls")
     return Comparison(providers, faults)

@@ -8,6 +8,7 @@ from worker import config as configuration
 from worker.cli.screen import json_option, say, show_json, show_table
 from worker.errors import BackstopError
 from worker.settings import read_settings
+from worker.wiring import unpriced
 
 
 @click.group()
@@ -21,12 +22,14 @@ def config_check(as_json: bool) -> None:
     """Reads the file and every key it names; says what is wrong and where."""
     settings = read_settings()
     checked = configuration.load(settings.config)
-    missing = _missing_keys(checked)
+    missing = [*_missing_keys(checked), *unpriced(checked)]
     if as_json:
-        show_json({"ok": not missing, "problems": missing, "without_effect": checked.not_yet()})
+        show_json({"ok": not missing, "problems": missing, "without_effect": checked.not_yet(), "notes": checked.notes()})
     else:
         for name in checked.not_yet():
             say(f"note: {name} is read but has no effect in this version")
+        for note in checked.notes():
+            say(f"note: {note}")
     if missing:
         raise BackstopError("\n".join(missing))
     if not as_json:

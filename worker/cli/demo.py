@@ -96,7 +96,7 @@ async def _play(open_: Connections, settings: Settings, stage: Stage, children: 
         asked = asyncio.create_task(_ask_over_rest(http, stage))
         view = await _watch(open_, http, stage, batch, children.check)
         rest_ms = await asked
-        statuses = await open_.breakers.status(list(load(settings.config).providers))
+        statuses = await open_.gates.status(list(load(settings.config).providers))
         books = await compare(open_.db, http, stage.simulator, began)
     results = stage.data / "results.csv"
     await export(open_, view, results, "csv")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from decimal import Decimal
 from functools import reduce
 from pathlib import Path
 from uuid import UUID
@@ -225,6 +226,7 @@ def job(job_id: str, as_json: bool) -> None:
             ("at", "provider", "model", "attempt", "outcome", "HTTP", "code", "ms", "tokens in", "out", "USD", "billing"),
             (_timeline(view, call) for call in calls),
         )
+        _say_estimated([call.cost_usd for call in calls if call.estimated])
         for reason in (view.error or {}).get("providers", []):
             click.echo(f"  {reason.get('provider')}: {reason.get('reason')} {reason.get('error_code') or ''}".rstrip())
 
@@ -235,8 +237,16 @@ def _timeline(view: JobView, call: CallView) -> tuple[object, ...]:
     at_s = ((call.started_at or call.opened_at) - view.created_at).total_seconds()
     return (
         f"+{at_s:.3f}s", call.provider, call.model, call.attempt, call.outcome or "under way", call.http_status, call.error_code,
-        call.latency_ms, call.input_tokens, call.output_tokens, money(call.cost_usd), call.billing,
+        call.latency_ms, call.input_tokens, call.output_tokens, money(call.cost_usd),
+        f"{call.billing}, estimated" if call.estimated else call.billing,
     )  # fmt: skip
+
+
+def _say_estimated(costs: Sequence[Decimal | None]) -> None:
+    """How much of a sum rests on tokens that we had to estimate; nothing when none does."""
+    known = [cost for cost in costs if cost is not None]
+    if costs:
+        click.echo(f"of which {money(sum(known, Decimal(0)) if known else None)} USD estimated: the provider counted no tokens")
 
 
 @click.command()
@@ -257,6 +267,7 @@ def costs(by: str, since: str, as_json: bool) -> None:
             ((r.key, r.calls, r.billed, r.unknown, r.input_tokens, r.output_tokens, money(r.cost_usd), f"{r.coverage:.1%}")
              for r in rows),
         )  # fmt: skip
+        _say_estimated([row.estimated_usd for row in rows if row.estimated_calls])
 
     with_ledger(look)
 

@@ -100,10 +100,10 @@ def providers(action: Literal["open", "close", "reset"] | None, name: str | None
     async def look(open_: Connections) -> None:
         if action and name:
             wanted: Literal["open", "closed", "reset"] = "closed" if action == "close" else action
-            status = await open_.breakers.force(name, wanted)
+            status = await open_.gates.force(name, wanted)
             show_json(status) if as_json else click.echo(f"{name} is {status.state}")
             return
-        statuses = await open_.breakers.status(list(configured.providers))
+        statuses = await open_.gates.status(list(configured.providers))
         if any(status.local for status in statuses):
             say("Redis does not answer: what the workers know of the providers is not known here")
         today = {row.provider: row for row in await reads.providers_today(open_.db)}
@@ -115,8 +115,10 @@ def providers(action: Literal["open", "close", "reset"] | None, name: str | None
             day = today.get(status.provider)
             figures = (day.calls, day.failed, day.p50_ms, day.p95_ms, money(day.cost_usd)) if day else (0, 0, None, None, "0")
             again = f"{status.retry_after_s:.0f} s" if status.retry_after_s else None
-            rows.append((status.provider, status.health, status.state, again, status.reason, *figures))
-        show_table(("provider", "health", "breaker", "asked again in", "why", "calls today", "failed", "p50 ms", "p95 ms", "USD"), rows)
+            limits = (status.in_flight, status.requests_left, status.tokens_left, f"{status.rate_multiplier:.0%}")
+            rows.append((status.provider, status.health, status.state, again, status.reason, *limits, *figures))
+        titles = ("provider", "health", "breaker", "asked again in", "why", "in flight", "requests left", "tokens left", "rate")
+        show_table((*titles, "calls today", "failed", "p50 ms", "p95 ms", "USD"), rows)
 
     with_ledger(look)
 

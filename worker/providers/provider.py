@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,8 @@ class Reply:
     """How one call ended. `error_code` is the vendor's short code, cleaned to `[a-z0-9_.-]`, never its message.
 
     `retry_after_s` is the wait the vendor asked for, 0 to 3600. `usage` may be known although there is no answer.
+    `remaining_requests`, `remaining_tokens`: what it says is left of its rate limits.
+    `first_token_s`: of a streamed answer, from the request on until its first token was here.
     """
 
     signal: Signal
@@ -23,6 +26,12 @@ class Reply:
     http_status: int | None = None
     error_code: str | None = None
     retry_after_s: float | None = None
+    first_token_s: float | None = None
+    remaining_requests: int | None = None
+    remaining_tokens: int | None = None
+
+
+Read = Callable[[int, Mapping[str, str], bytes], Reply]  # of HTTP status, headers and body
 
 
 class Provider(Protocol):

@@ -1,11 +1,6 @@
--- circuit.py in Redis: read that one for what the rules mean. KEYS[1] is the hash of one provider.
--- `rules` is put in front of this text by breaker_store.py, from the Rules of circuit.py.
--- ARGV[1] operation, ARGV[2] now in ms ('' for the server's clock; tests pass one), then
---   admit   lease lease_ms
---   report  jitter, then for each run of equal reports: count generation lease verdict slow block_ms isolate_ms reason
---   force   open | closed | reset
--- Answers {state, generation, retry_ms, permille, probe, opens}.
-local key, operation = KEYS[1], ARGV[1]
+-- circuit.py in Redis: read that one for what the rules mean. Part of the script that gate_store.py puts together.
+-- Takes the hash of one provider and the time in ms.
+local key, now = ...
 local stored, changed = {}, {}
 local flat = redis.call('HGETALL', key)
 for i = 1, #flat, 2 do stored[flat[i]] = flat[i + 1] end
@@ -19,12 +14,6 @@ local function set(field, value)
   if stored[field] ~= value then stored[field], changed[field] = value, value end
 end
 
-local function server_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-
-local now = tonumber(ARGV[2]) or server_ms()
 now = math.max(now, number('last'))
 -- Not from 0: after a lost memory no earlier report may match.
 if not stored.generation then set('generation', now) end
@@ -93,7 +82,7 @@ local function count(report)
   set('b' .. slot, string.format('%.0f,%d,%d,%d', this, successes, failures, slow + report.slow))
 end
 
-local function cause()
+local function cause(report)
   local total, failed, slowed = 0, 0, 0
   local oldest = math.floor(now / rules.bucket_ms) - rules.buckets
   for slot = 0, rules.buckets - 1 do
@@ -102,11 +91,17 @@ local function cause()
       total, failed, slowed = total + successes + failures, failed + failures, slowed + slow
     end
   end
-  if number('fails') >= rules.fails_in_a_row then
-    return string.format('%d failures in a row', number('fails'))
-  elseif total >= rules.min_calls and failed * 100 >= rules.fail_percent * total then
-    return string.format('%d of %d calls failed', failed, total)
-  elseif total >= rules.min_calls and slowed * 100 >= rules.slow_percent * total then
+  local many = total >= rules.min_calls
+  if report.verdict == 'F' then
+    if number('fails') >= rules.fails_in_a_row and number('fails') >= report.survivors() then
+      return string.format('%d failures in a row', number('fails'))
+    end
+    local half = failed * 100 >= rules.fail_percent * total
+    if many and half and failed * 100 >= rules.fail_percent * (total + report.survivors()) then
+      return string.format('%d of %d calls failed', failed, total)
+    end
+  end
+  if report.slow > 0 and many and slowed * 100 >= rules.slow_percent * total then
     return string.format('%d of %d calls were slow', slowed, total)
   end
 end
@@ -117,7 +112,7 @@ local function judge(report, jitter)
     isolate(report)
   elseif report.verdict ~= 'X' then
     count(report)
-    local tripped = cause()
+    local tripped = cause(report)
     if tripped and stored.state == 'closed' then open(because(tripped, report.reason), jitter) end
   end
 end
@@ -179,6 +174,9 @@ local function look(probe)
 end
 
 local function save()
+  -- A clean admit writes nothing: it has no part in replication, in the append-only file, or in the clock.
+  if not next(changed) then return end
+  set('last', now)
   local pairs_to_set = {}
   for field, value in pairs(changed) do
     pairs_to_set[#pairs_to_set + 1] = field
@@ -192,29 +190,27 @@ local function save()
   end
 end
 
-local probe = false
-if operation == 'admit' then
+local function admit(lease, lease_ms)
   wake()
-  probe = stored.state == 'half_open' and number('blocked') <= now and not leased()
+  local probe = stored.state == 'half_open' and number('blocked') <= now and not leased()
   if probe then
-    set('lease', ARGV[3])
-    set('lease_until', now + tonumber(ARGV[4]))
+    set('lease', lease)
+    set('lease_until', now + lease_ms)
   end
-elseif operation == 'report' then
-  set('last', now)
-  for i = 4, #ARGV, 8 do
-    local report = {
-      generation = tonumber(ARGV[i + 1]), lease = ARGV[i + 2], verdict = ARGV[i + 3], slow = tonumber(ARGV[i + 4]),
-      block_ms = tonumber(ARGV[i + 5]), isolate_ms = tonumber(ARGV[i + 6]), reason = ARGV[i + 7],
-    }
-    for _ = 1, tonumber(ARGV[i]) do hear(report, tonumber(ARGV[3])) end
-  end
-else
-  force(ARGV[3])
+  return look(probe)
 end
--- A clean admit writes nothing: it has no part in replication, in the append-only file, or in the clock.
-if next(changed) then
-  set('last', now)
-  save()
+
+local function release()
+  set('lease', '')
+  set('lease_until', 0)
 end
-return look(probe)
+
+local function report(told, jitter)
+  set('last', now)
+  hear(told, jitter)
+end
+
+return {
+  wake = wake, admit = admit, release = release, report = report, force = force, look = look, save = save,
+  state = function() return stored.state end,
+}

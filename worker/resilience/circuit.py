@@ -62,7 +62,11 @@ RULES = Rules()
 
 
 class Report(NamedTuple):
-    """What one admitted call says. `lease` is empty but for a probe."""
+    """What one admitted call says. `lease` is empty but for a probe.
+
+    `survivors`: calls that went out with it or before it and are still in flight. Faults come back sooner than answers,
+    so each of them stands for a success that is under way, until it says otherwise.
+    """
 
     generation: int
     lease: str
@@ -71,6 +75,7 @@ class Report(NamedTuple):
     block_ms: int = 0
     isolate_ms: int = 0
     reason: str = ""
+    survivors: int = 0
 
 
 class Look(NamedTuple):
@@ -148,14 +153,16 @@ class Circuit:
 
     def admit(self, now: int, lease: str, lease_ms: int) -> Look:
         """May a call go out? In HALF_OPEN the asker gets the one lease, when it is free."""
-        now, before = max(now, self.last), self.generation
-        self._wake(now)
+        now = max(now, self.last)
+        self.awake(now)
         probe = self.state is BreakerState.HALF_OPEN and self.blocked <= now and not self._leased(now)
         if probe:
-            self.lease, self.lease_until = lease, now + lease_ms
-        if probe or self.generation != before:
-            self.last = now
+            self.lease, self.lease_until, self.last = lease, now + lease_ms, now
         return self.look(now, probe=probe)
+
+    def release(self) -> None:
+        """The probe was not made after all: the next one who asks may have it."""
+        self.lease, self.lease_until = "", 0
 
     def report(self, now: int, report: Report, jitter: int) -> Look:
         """The call's outcome counts, when it was admitted under the present generation; else nothing changes."""
@@ -203,13 +210,12 @@ class Circuit:
         return Window(sum(b[1] for b in live), sum(b[2] for b in live), sum(b[3] for b in live))
 
     def awake(self, now: int) -> Circuit:
-        """This circuit as the next call would find it: an open one whose time is over is half-open."""
-        self._wake(max(now, self.last))
-        return self
-
-    def _wake(self, now: int) -> None:
+        """This circuit as the next call finds it: an open one whose time is over is half-open."""
+        now = max(now, self.last)
         if self.state in (BreakerState.OPEN, BreakerState.ISOLATED) and now >= max(self.until, self.blocked):
             self._move(BreakerState.HALF_OPEN, self.reason)
+            self.last = now
+        return self
 
     def _leased(self, now: int) -> bool:
         return self.lease != "" and self.lease_until > now
@@ -233,7 +239,7 @@ class Circuit:
             self._isolate(now, report)
         elif report.verdict is not Verdict.NEUTRAL:
             self._count(now, report)
-            cause = self._cause(now)
+            cause = self._cause(now, report)
             if cause and self.state is BreakerState.CLOSED:
                 self._open(now, _because(cause, report.reason), jitter)
 
@@ -244,13 +250,16 @@ class Circuit:
         self.buckets[slot] = (at, successes + (not failed), failures + failed, slow + report.slow)
         self.fails = self.fails + 1 if failed else 0
 
-    def _cause(self, now: int) -> str:
+    def _cause(self, now: int, report: Report) -> str:
+        """Why this report trips, or "". A good call trips nothing, whatever the others were."""
         window = self.window(now)
-        if self.fails >= RULES.fails_in_a_row:
-            return f"{self.fails} failures in a row"
-        if window.total >= RULES.min_calls and window.failures * 100 >= RULES.fail_percent * window.total:
-            return f"{window.failures} of {window.total} calls failed"
-        if window.total >= RULES.min_calls and window.slow * 100 >= RULES.slow_percent * window.total:
+        if report.verdict is Verdict.FAILURE:
+            if self.fails >= max(RULES.fails_in_a_row, report.survivors):
+                return f"{self.fails} failures in a row"
+            of = window.total + report.survivors
+            if window.total >= RULES.min_calls and window.failures * 100 >= RULES.fail_percent * of:
+                return f"{window.failures} of {window.total} calls failed"
+        if report.slow and window.total >= RULES.min_calls and window.slow * 100 >= RULES.slow_percent * window.total:
             return f"{window.slow} of {window.total} calls were slow"
         return ""
 

@@ -1,4 +1,4 @@
-"""How a provider's breaker looks to people: the state in their words, and the numbers behind it."""
+"""How a provider's gate looks to people: the state in their words, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from worker.resilience.circuit import RULES, BreakerState, Circuit, Look
+from worker.resilience.gate_store import Snapshot
+from worker.resilience.limits import Bucket
 
 NOTICEABLE_PERCENT = 10  # of the last minute's calls failed or were slow: degraded
 NOTICEABLE_IN_A_ROW = 4
@@ -25,9 +27,11 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """One provider's breaker. Counts are of the last minute; `opened_times` is forgotten after 10 minutes closed.
+    """One provider's gate. Counts are of the last minute; `opened_times` is forgotten after 10 minutes closed.
 
-    `local`: as this process sees it, because Redis does not answer.
+    `in_flight`: calls under way, of all workers. `requests_left`, `tokens_left`: of the configured limits, now; None when
+    there is none. `rate_multiplier`: 1, or what congestion has left of the configured rates. `local`: as this process sees
+    it, because Redis does not answer.
     """
 
     provider: str
@@ -39,12 +43,17 @@ class Status:
     failures: int
     slow: int
     opened_times: int
+    in_flight: int
+    requests_left: int | None
+    tokens_left: int | None
+    rate_multiplier: float
     local: bool
 
 
-def describe(provider: str, circuit: Circuit, now: int, *, local: bool) -> Status:
-    """The circuit as the next call would find it at `now` (ms)."""
-    circuit = circuit.awake(now)
+def describe(provider: str, snapshot: Snapshot, now: int, *, local: bool) -> Status:
+    """The gate as the next call would find it at `now` (ms)."""
+    circuit, meter = snapshot.circuit.awake(now), snapshot.meter
+    meter.refresh(now)
     look, window = circuit.look(now), circuit.window(now)
     return Status(
         provider=provider,
@@ -56,8 +65,16 @@ def describe(provider: str, circuit: Circuit, now: int, *, local: bool) -> Statu
         failures=window.failures,
         slow=window.slow,
         opened_times=look.opens,
+        in_flight=snapshot.in_flight,
+        requests_left=_left(meter.requests),
+        tokens_left=_left(meter.tokens),
+        rate_multiplier=round(meter.multiplier, 3),
         local=local,
     )
+
+
+def _left(bucket: Bucket | None) -> int | None:
+    return None if bucket is None else max(0, int(bucket.level))
 
 
 def _health(circuit: Circuit, look: Look, now: int) -> Health:

@@ -1,1 +1,1 @@
-"""The vendors, played: an OpenAI-compatible server that fails by script, answers by seed, and keeps its own bill."""
+"""The vendors, played: a server that speaks OpenAI and Anthropic, fails by script, answers by seed, and keeps its own bill."""

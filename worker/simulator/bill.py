@@ -17,7 +17,7 @@ from worker.config import PriceConfig
 from worker.errors import UsageError
 from worker.simulator.script import Kind
 
-OUTCOMES = ("unfinished", "answered", "invalid", "incomplete", *get_args(Kind))
+OUTCOMES = ("unfinished", "answered", "invalid", "incomplete", "limited", *get_args(Kind))
 _CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 _GOOD = frozenset({"answered", "slow"})
 
@@ -26,8 +26,8 @@ _GOOD = frozenset({"answered", "slow"})
 class Line:
     """One request. `received_at` is Unix seconds, `cost` USD.
 
-    `outcome`: `answered`, the kind of the fault, `invalid` (our 400), `incomplete` (the client left before its body was
-    here) or `unfinished` (still under way). `status` is None for what sends no headers. `written`: the whole response
+    `outcome`: `answered`, the kind of the fault, `invalid` (our 400), `limited` (our 429), `incomplete` (the client left before
+    its body was here) or `unfinished` (still under way). `status` is None for what sends no headers. `written`: the whole response
     went out to a connection that was still open. Answers are charged whether or not anybody waited for them.
     `prompt` is all zeros when the request was no chat request.
     """

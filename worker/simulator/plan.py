@@ -11,6 +11,7 @@ from hashlib import blake2b
 from statistics import NormalDist
 from typing import Any
 
+from worker.simulator.limits import Limits
 from worker.simulator.script import Fault, Latency, ProviderScript, changed
 
 _NORMAL = NormalDist()
@@ -51,14 +52,19 @@ def _latency_s(latency: Latency, uniform: float) -> float:
 
 @dataclass(slots=True)
 class Vendor:
-    """A provider on stage: its script as it stands now, and how many requests it has seen."""
+    """A provider on stage: its script as it stands now, how many requests it has seen, and how many it is answering now."""
 
     name: str
     script: ProviderScript
     seed: int
     requests: int = 0
+    busy: int = 0
+    limits: Limits = field(init=False)
     _before_change: int = 0
     _since: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.limits = Limits.of(self.script, self._since)
 
     def next(self) -> Plan:
         self.requests += 1
@@ -66,9 +72,14 @@ class Vendor:
         return draw(self.script, self.seed, self.name, self.requests, nth=nth, elapsed_s=self.elapsed_s())
 
     def change(self, changes: Mapping[str, Any]) -> None:
-        """These keys of the script hold from the next request on, windows are counted anew. Raises UsageError."""
+        """These keys of the script hold from the next request on, windows are counted anew, limits are full. Raises UsageError."""
         self.script = changed(self.script, changes, self.name)
         self._before_change, self._since = self.requests, time.monotonic()
+        self.limits = Limits.of(self.script, self._since)
+
+    def refusal_s(self, tokens: int) -> float | None:
+        """None: the vendor's limits have room for a request of so many tokens; else the seconds after which they may."""
+        return self.limits.refusal_s(tokens, self.busy, time.monotonic())
 
     def elapsed_s(self) -> float:
         return time.monotonic() - self._since

@@ -14,14 +14,14 @@ from worker.config import Name, PriceConfig
 from worker.errors import UsageError
 
 Kind = Literal[
-    "status",  # an HTTP error of your choice, with the body OpenAI would send
+    "status",  # an HTTP error of your choice, with the body the vendor of that dialect would send
     "hang",  # the request is taken and nothing comes back for `seconds`, then a reset
-    "stall",  # headers and half the body, silence for `seconds`, then a reset
+    "stall",  # headers and half the body, or of a stream the first word; silence for `seconds`, then a reset
     "reset",  # the connection is reset before a byte is answered
     "truncate",  # the connection is reset in the middle of the body
-    "malformed",  # 200, but the body is not JSON
-    "empty",  # 200 without choices
-    "error_in_200",  # 200 with an error object in it
+    "malformed",  # 200, but the body, or an event of the stream, is not JSON
+    "empty",  # 200 without choices, or without content
+    "error_in_200",  # 200 with an error object in it, in a stream after the first word
     "slow",  # a good answer, `seconds` late
     "html",  # a gateway's 502 page
     "refuse",  # the provider's own port is closed (outages by time only)
@@ -62,7 +62,7 @@ class Fault(_Section):
     kind: Kind
     rate: float = Field(gt=0, le=1)
     status: int | None = Field(None, ge=400, le=599)  # required by `status`; 502 for `html`
-    code: str | None = None  # `error.code`; left out: the one OpenAI sends with that status
+    code: str | None = None  # `error.code`; left out: the one the vendor sends with that status
     type: str | None = None  # `error.type`, likewise
     retry_after_s: float | None = Field(None, ge=0)
     seconds: float = Field(30, ge=0)
@@ -113,13 +113,20 @@ class Outage(Fault):
 
 
 class ProviderScript(_Section):
-    """One simulated provider. Outages come before `faults`, whose rates add up to 1 at most: a request has one fate."""
+    """One simulated provider. Outages come before `faults`, whose rates add up to 1 at most: a request has one fate.
+
+    `rpm`, `tpm` and `concurrency` are the vendor's own limits, in buckets that are full at first and refill evenly: what is
+    above them meets a 429 that costs nothing, and no fault.
+    """
 
     model: str = "sim-small"
     latency: Latency = Latency(ms=0)
     price: PriceConfig = PriceConfig.model_validate({"input": "1", "output": "2"})
     faults: tuple[Fault, ...] = ()
     outages: tuple[Outage, ...] = ()
+    rpm: int | None = Field(None, gt=0)
+    tpm: int | None = Field(None, gt=0)
+    concurrency: int | None = Field(None, gt=0)
     port: int | None = Field(None, ge=0, le=65535)  # its own besides the shared one, 0: any free; for `refuse`
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The simulated vendors on one port: `http://HOST:PORT/PROVIDER/v1` is a base URL for any OpenAI-compatible client."""
+"""The simulated vendors on one port: `http://HOST:PORT/PROVIDER/v1` is a base URL for OpenAI-compatible and Anthropic clients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,19 +18,22 @@ from aiohttp import web
 from worker.errors import UsageError
 from worker.simulator.answers import say
 from worker.simulator.bill import Bill, fingerprint
+from worker.simulator.dialects import AnthropicDialect, Dialect, OpenAIDialect, Spoken
 from worker.simulator.door import Door
 from worker.simulator.plan import Plan, Vendor
 from worker.simulator.script import Script
 from worker.simulator.wire import Reply, deliver, refusal, reply
 
+_OPENAI, _ANTHROPIC = OpenAIDialect(), AnthropicDialect()
 _CLOSING_S = 0.1  # what is still being answered after that is cut off
 
 
 class Simulator:
     """An async context manager; inside it, the vendors can be asked.
 
-    Routes: `POST /{provider}/v1/chat/completions`, `GET /{provider}/v1/models`, `POST /{provider}/script` (a JSON
-    object of keys to replace in it), `GET /bill` (`?full=1`: with every line), `GET /livez`. API keys are not checked.
+    Routes: `POST /{provider}/v1/chat/completions` and `POST /{provider}/v1/messages` (either with `"stream": true`),
+    `GET /{provider}/v1/models`, `POST /{provider}/script` (a JSON object of keys to replace in it), `GET /bill` (`?full=1`:
+    with every line), `GET /livez`. API keys are not checked.
     Raises UsageError when a port is in use or the bill cannot be written.
     """
 
@@ -106,7 +110,9 @@ class Simulator:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         match request.method, request.path.strip("/").split("/"):
             case "POST", [name, "v1", "chat", "completions"] if name in self._vendors:
-                return await self._chat(request, self._vendors[name])
+                return await self._chat(request, self._vendors[name], _OPENAI)
+            case "POST", [name, "v1", "messages"] if name in self._vendors:
+                return await self._chat(request, self._vendors[name], _ANTHROPIC)
             case "GET", [name, "v1", "models"] if name in self._vendors:
                 model = {
                     "id": self._vendors[name].script.model,
@@ -122,9 +128,9 @@ class Simulator:
             case "GET", ["livez"]:
                 return web.json_response({"status": "ok"})
         known = ", ".join(self._vendors)
-        return (await deliver(request, refusal(404, code="not_found", message=f"No such route; providers: {known}")))[0]
+        return (await deliver(request, refusal(_OPENAI, 404, code="not_found", message=f"No such route; providers: {known}")))[0]
 
-    async def _chat(self, request: web.BaseRequest, vendor: Vendor) -> web.StreamResponse:
+    async def _chat(self, request: web.BaseRequest, vendor: Vendor, dialect: Dialect) -> web.StreamResponse:
         raw = b""
         complete = False
         try:
@@ -136,17 +142,18 @@ class Simulator:
             seq = self.bill.open(vendor.name, vendor.script.price, request.headers.get("X-Client-Request-Id"), prompt)
             if not complete:
                 self.bill.close(seq, "incomplete", None, (0, 0), written=False)
-        return await self._play(request, vendor, ask, seq)
+        made, latency_s = _made(vendor, dialect, ask)
+        return await self._play(request, vendor, made, latency_s, seq)
 
-    async def _play(self, request: web.BaseRequest, vendor: Vendor, ask: Mapping[str, Any] | None, seq: int) -> web.StreamResponse:
-        plan = vendor.next()
-        made = _made(vendor, plan, ask)
+    async def _play(self, request: web.BaseRequest, vendor: Vendor, made: Reply, latency_s: float, seq: int) -> web.StreamResponse:
         written = False
+        vendor.busy += 1
         try:
-            if plan.latency_s and made.outcome not in ("reset", "refuse"):
-                await asyncio.sleep(plan.latency_s)
+            if latency_s and made.outcome not in ("reset", "refuse", "limited"):
+                await asyncio.sleep(latency_s)
             response, written = await deliver(request, made)
         finally:
+            vendor.busy -= 1
             self.bill.close(seq, made.outcome, made.status, made.tokens, written=written)
         return response
 
@@ -157,7 +164,7 @@ class Simulator:
                 raise UsageError(f"{name}: expected a JSON object with keys of a provider's script")
             self._vendor(name).change(changes)
         except (UsageError, ValueError) as error:
-            return (await deliver(request, refusal(400, message=str(error))))[0]
+            return (await deliver(request, refusal(_OPENAI, 400, message=str(error))))[0]
         if name in self._doors:
             await self._doors[name].look_again()
         return web.json_response(self._vendor(name).script.model_dump(mode="json", exclude_unset=True))
@@ -185,16 +192,26 @@ async def _serve(simulator: Simulator, providers: list[str]) -> None:
         await stopped.wait()
 
 
-def _made(vendor: Vendor, plan: Plan, ask: Mapping[str, Any] | None) -> Reply:
-    if ask is None or ask.get("stream"):
-        what = "The simulator does not stream." if ask else "Expected a JSON object with messages."
-        return refusal(400, message=what, outcome="invalid")
+def _made(vendor: Vendor, dialect: Dialect, ask: Mapping[str, Any] | None) -> tuple[Reply, float]:
+    """The reply to a vendor's next request, and its latency in seconds."""
+    plan = vendor.next()
+    made = _answer(vendor, plan, dialect, ask)
+    room = dialect.room(vendor.limits.levels(), time.time())
+    return replace(made, headers={**room, **made.headers}), plan.latency_s
+
+
+def _answer(vendor: Vendor, plan: Plan, dialect: Dialect, ask: Mapping[str, Any] | None) -> Reply:
+    if ask is None:
+        return refusal(dialect, 400, message="Expected a JSON object with messages.", outcome="invalid")
     try:
-        saying = say(vendor.seed, ask)
+        saying = say(vendor.seed, dialect.asked(ask))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return refusal(400, message="The simulator has no answer in this response_format.", outcome="invalid")
-    identity = f"{vendor.name}-{plan.n}"
-    return reply(plan.fault, saying, model=vendor.script.model, identity=identity, created=int(time.time()))
+        return refusal(dialect, 400, message="The simulator has no answer to this request.", outcome="invalid")
+    wait_s = vendor.refusal_s(saying.input_tokens + saying.output_tokens)
+    if wait_s is not None:
+        return refusal(dialect, 429, retry_after_s=wait_s, message="Rate limit reached.", outcome="limited")
+    spoken = Spoken(saying, vendor.script.model, f"{vendor.name}-{plan.n}", int(time.time()))
+    return reply(plan.fault, spoken, dialect, streamed=ask.get("stream") is True)
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

@@ -9,24 +9,14 @@ import socket
 import struct
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
 
 from aiohttp import web
 
-from worker.simulator.answers import Saying
+from worker.simulator.dialects import Dialect, Spoken
 from worker.simulator.script import Fault
 
-_ERRORS = {  # status: (error.code, error.type) as OpenAI sends them
-    400: ("invalid_value", "invalid_request_error"),
-    401: ("invalid_api_key", "invalid_request_error"),
-    402: ("insufficient_quota", "insufficient_quota"),
-    403: ("permission_denied", "invalid_request_error"),
-    404: ("model_not_found", "invalid_request_error"),
-    408: ("request_timeout", "timeout"),
-    429: ("rate_limit_exceeded", "requests"),
-    503: ("overloaded", "server_error"),
-    529: ("overloaded", "overloaded_error"),
-}
+_EVENTS = "text/event-stream"
+_FIRST_WORD = 2  # so many events hold it
 _HALVED = frozenset({"stall", "truncate"})
 _BODILESS = frozenset({"hang", "reset", "refuse"})
 _CHARGED = frozenset({"answered", "slow", "malformed", "empty", "stall", "truncate"})
@@ -38,38 +28,34 @@ class Reply:
 
     outcome: str
     status: int | None
-    body: bytes = b""
+    pieces: tuple[bytes, ...] = ()  # one, or the events of a stream
     tokens: tuple[int, int] = (0, 0)
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     content_type: str = "application/json"
 
 
-def reply(fault: Fault | None, saying: Saying, *, model: str, identity: str, created: int) -> Reply:
+def reply(fault: Fault | None, spoken: Spoken, dialect: Dialect, *, streamed: bool) -> Reply:
     """What goes back to one good request. What the model wrote is charged, read or not; errors and hangs are free."""
     outcome = fault.kind if fault else "answered"
-    tokens = (saying.input_tokens, saying.output_tokens) if outcome in _CHARGED else (0, 0)
-    if fault is None:
-        return Reply(outcome, 200, _completion(saying, model, identity, created), tokens)
-    if fault.kind in _BODILESS:
+    tokens = (spoken.saying.input_tokens, spoken.saying.output_tokens) if outcome in _CHARGED else (0, 0)
+    if fault and fault.kind in _BODILESS:
         return Reply(outcome, None, delay_s=fault.seconds if fault.kind == "hang" else 0)
-    if fault.kind == "status":
-        return refusal(fault.status or 500, code=fault.code, kind=fault.type, retry_after_s=fault.retry_after_s)
-    if fault.kind == "html":
+    if fault and fault.kind == "status":
+        return refusal(dialect, fault.status or 500, code=fault.code, kind=fault.type, retry_after_s=fault.retry_after_s)
+    if fault and fault.kind == "html":
         status = fault.status or 502
         page = f"<html><head><title>{status} {_phrase(status)}</title></head><body><hr>gateway</body></html>"
-        return Reply(outcome, status, page.encode(), content_type="text/html")
-    body = _completion(saying, model, identity, created)
-    if fault.kind == "malformed":
-        body = body[: len(body) * 2 // 3]
-    elif fault.kind == "empty":
-        body = _completion(saying, model, identity, created, choices=False)
-    elif fault.kind == "error_in_200":
-        body = _error(500, fault.code, fault.type)
-    return Reply(outcome, 200, body, tokens, delay_s=fault.seconds if fault.kind in ("slow", "stall") else 0)
+        return Reply(outcome, status, (page.encode(),), content_type="text/html")
+    delay_s = fault.seconds if fault and fault.kind in ("slow", "stall") else 0
+    if streamed:
+        pieces = tuple(_events(fault, spoken, dialect))
+        return Reply(outcome, 200, pieces, tokens, delay_s=delay_s, content_type=_EVENTS)
+    return Reply(outcome, 200, (_body(fault, spoken, dialect),), tokens, delay_s=delay_s)
 
 
 def refusal(
+    dialect: Dialect,
     status: int,
     *,
     code: str | None = None,
@@ -83,8 +69,9 @@ def refusal(
     if retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(retry_after_s))
         if retry_after_s % 1:
-            headers["retry-after-ms"] = str(round(retry_after_s * 1000))
-    return Reply(outcome, status, _error(status, code, kind, message), headers=headers)
+            headers["retry-after-ms"] = str(math.ceil(retry_after_s * 1000))
+    body = dialect.error(status, code, kind, message or _told(status))
+    return Reply(outcome, status, (json.dumps(body).encode(),), headers=headers)
 
 
 async def deliver(request: web.BaseRequest, made: Reply) -> tuple[web.StreamResponse, bool]:
@@ -94,18 +81,14 @@ async def deliver(request: web.BaseRequest, made: Reply) -> tuple[web.StreamResp
         reset(request)
         return web.Response(), False
     if made.outcome in _HALVED:
-        return await _half(request, made), False
+        return await _cut(request, made), False
     if made.delay_s:
         await asyncio.sleep(made.delay_s)
-    response = web.Response(
-        body=made.body,
-        status=made.status,
-        reason=_phrase(made.status),
-        headers=made.headers,
-        content_type=made.content_type,
-    )
+    response = _response(made, made.status)
     try:
         await response.prepare(request)
+        for piece in made.pieces if made.content_type == _EVENTS else ():
+            await response.write(piece)
         await response.write_eof()
     except ConnectionError:
         return response, False
@@ -120,35 +103,57 @@ def reset(request: web.BaseRequest) -> None:
         request.transport.abort()
 
 
-async def _half(request: web.BaseRequest, made: Reply) -> web.StreamResponse:
-    response = web.StreamResponse(status=200, headers={"Content-Type": made.content_type})
-    response.content_length = len(made.body)
+def _response(made: Reply, status: int) -> web.StreamResponse:
+    if made.content_type == _EVENTS:
+        return web.StreamResponse(status=status, headers={**made.headers, "Content-Type": _EVENTS})
+    (body,) = made.pieces
+    return web.Response(body=body, status=status, reason=_phrase(status), headers=made.headers, content_type=made.content_type)
+
+
+async def _cut(request: web.BaseRequest, made: Reply) -> web.StreamResponse:
+    """Headers and what the reply has of a body, silence for as long as it says, and a reset."""
+    response = web.StreamResponse(status=200, headers={**made.headers, "Content-Type": made.content_type})
+    if made.content_type == _EVENTS:
+        shown = made.pieces
+    else:
+        response.content_length = sum(map(len, made.pieces))
+        shown = (made.pieces[0][: len(made.pieces[0]) // 2],)
     await response.prepare(request)
-    await response.write(made.body[: len(made.body) // 2])
+    for piece in shown:
+        await response.write(piece)
     await asyncio.sleep(made.delay_s)
     reset(request)
     return response
 
 
-def _completion(saying: Saying, model: str, identity: str, created: int, *, choices: bool = True) -> bytes:
-    message = {"role": "assistant", "content": saying.content, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": saying.finish_reason}
-    usage = {
-        "prompt_tokens": saying.input_tokens,
-        "completion_tokens": saying.output_tokens,
-        "total_tokens": saying.input_tokens + saying.output_tokens,
-    }
-    body = {"id": f"chatcmpl-{identity}", "object": "chat.completion", "created": created, "model": model}
-    return json.dumps({**body, "choices": [choice] if choices else [], "usage": usage}).encode()
+def _body(fault: Fault | None, spoken: Spoken, dialect: Dialect) -> bytes:
+    if fault and fault.kind == "empty":
+        return json.dumps(dialect.nothing(spoken)).encode()
+    if fault and fault.kind == "error_in_200":
+        return json.dumps(dialect.error(500, fault.code, fault.type, _told(500))).encode()
+    body = json.dumps(dialect.answer(spoken)).encode()
+    return body[: len(body) * 2 // 3] if fault and fault.kind == "malformed" else body
 
 
-def _error(status: int, code: str | None, kind: str | None, message: str | None = None) -> bytes:
-    usual_code, usual_kind = _ERRORS.get(status, ("server_error", "server_error"))
-    error: dict[str, Any] = {
-        "message": message or f"The simulator was told to answer {status}.",
-        "type": kind or usual_kind,
-    }
-    return json.dumps({"error": {**error, "param": None, "code": code or usual_code}}).encode()
+def _events(fault: Fault | None, spoken: Spoken, dialect: Dialect) -> list[bytes]:
+    events = dialect.events(spoken)
+    match fault.kind if fault else None:
+        case "empty":
+            return dialect.no_events(spoken)
+        case "stall":
+            return events[:_FIRST_WORD]
+        case "truncate":
+            return events[: max(_FIRST_WORD, len(events) // 2)]
+        case "malformed":
+            return [*events[:_FIRST_WORD], b"data: {\n\n", *events[_FIRST_WORD:]]
+        case "error_in_200" if fault:
+            error = dialect.error(500, fault.code, fault.type, _told(500))
+            return [*events[:_FIRST_WORD], dialect.error_event(error)]
+    return events
+
+
+def _told(status: int) -> str:
+    return f"The simulator was told to answer {status}."
 
 
 def _phrase(status: int) -> str:
