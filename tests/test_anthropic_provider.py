@@ -13,7 +13,7 @@ from worker.cost import Usage
 from worker.errors import UsageError
 from worker.job import ChatRequest
 from worker.providers.anthropic import AnthropicMessages
-from worker.providers.anthropic_answers import UNSUPPORTED, read_reply, usage_of, wait_s
+from worker.providers.anthropic_answers import read_reply, usage_of
 from worker.providers.anthropic_request import Unsupported, translated
 from worker.providers.anthropic_schema import closed
 from worker.providers.http import client
@@ -290,9 +290,9 @@ REFUSALS = [
     (400, refused("invalid_request_error", TOO_LONG), "context_too_long", "invalid_request_error"),
     (400, refused("invalid_request_error", "Output blocked by content filtering policy"), "content_policy", "invalid_request_error"),
     (400, refused("invalid_request_error", "max_tokens: 9000 > 4096, which is the maximum allowed number of output tokens for claude-3"),
-     UNSUPPORTED, "invalid_request_error"),
-    (400, refused("invalid_request_error", "output_config.format.schema: too complex"), UNSUPPORTED, "invalid_request_error"),
-    (400, refused("invalid_request_error", "This model does not support assistant message prefill."), UNSUPPORTED, "invalid_request_error"),
+     Signal.UNSUPPORTED, "invalid_request_error"),
+    (400, refused("invalid_request_error", "output_config.format.schema: too complex"), Signal.UNSUPPORTED, "invalid_request_error"),
+    (400, refused("invalid_request_error", "This model does not support prefill."), Signal.UNSUPPORTED, "invalid_request_error"),
     (401, refused("authentication_error", "invalid x-api-key"), "unauthorized", "authentication_error"),
     (402, refused("billing_error", "Payment required"), "quota_exhausted", "billing_error"),
     (403, refused("permission_error", "Your region is not supported"), "unauthorized", "permission_error"),
@@ -309,7 +309,7 @@ REFUSALS = [
     (200, refused("api_error", "Internal server error"), "server_error", "api_error"),
     (503, "<html>Service Unavailable</html>", "overloaded", None),
     (502, "", "server_error", None),
-    (301, "", "model_not_found", None),
+    (301, "", "model_not_found", "redirect"),
     (400, refused("a sentence, which may quote the prompt", "my secret"), "invalid_request", None),
 ]  # fmt: skip
 
@@ -322,7 +322,7 @@ def test_a_refusal_means_what_anthropic_means(status, content, signal, code):
 
 
 def test_what_this_provider_cannot_serve_is_left_to_others():
-    policy = POLICIES[UNSUPPORTED]
+    policy = POLICIES[Signal.UNSUPPORTED]
     assert policy.next is not Next.STOP
     assert policy.hopeless
 
@@ -370,15 +370,15 @@ NOW = 1_767_225_600  # 2026-01-01T00:00:00Z
     ],
 )  # fmt: skip
 def test_the_wait_is_what_retry_after_says_or_the_last_exhausted_limit_to_come_back(headers, wait):
-    assert wait_s(headers, NOW) == wait
+    reply = read_reply(429, headers, json.dumps(refused("rate_limit_error")).encode(), provider="p", model="m", now=NOW)
+    assert (reply.signal, reply.retry_after_s) == (Signal.RATE_LIMITED, wait)
 
 
 @pytest.mark.parametrize(("status", "content"), [(200, message(text("x"))), (429, refused("rate_limit_error"))])
-def test_what_remains_of_the_limits_is_told_with_every_reply_and_makes_no_answer_wait(status, content):
+def test_what_remains_of_the_limits_is_told_with_every_reply(status, content):
     headers = {"anthropic-ratelimit-requests-remaining": "7", "anthropic-ratelimit-tokens-remaining": "0"}
     reply = read(status, content, {**headers, "anthropic-ratelimit-tokens-reset": "1970-01-01T00:00:30Z"})
-    assert (reply.remaining_requests, reply.remaining_tokens) == (7, 0)
-    assert reply.retry_after_s == (None if status == 200 else 30)
+    assert (reply.remaining_requests, reply.remaining_tokens, reply.retry_after_s) == (7, 0, 30)
     assert read(status, content).remaining_requests is None
 
 
@@ -469,9 +469,9 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key):
 @pytest.mark.parametrize(
     ("request_", "signal", "code"),
     [
-        (ChatRequest(HELLO, {"n": 2}), UNSUPPORTED, "unsupported_n"),
-        (ChatRequest([{1}]), UNSUPPORTED, "unsupported_shape"),
-        (ChatRequest(HELLO, {"tools": 5}), UNSUPPORTED, "unsupported_shape"),
+        (ChatRequest(HELLO, {"n": 2}), Signal.UNSUPPORTED, "unsupported_n"),
+        (ChatRequest([{1}]), Signal.UNSUPPORTED, "unsupported_shape"),
+        (ChatRequest(HELLO, {"tools": 5}), Signal.UNSUPPORTED, "unsupported_shape"),
         (ChatRequest([user("\ud800")]), Signal.INVALID_REQUEST, "not_encodable"),
         (ChatRequest(HELLO, {"temperature": float("nan")}), Signal.INVALID_REQUEST, "not_encodable"),
     ],

@@ -683,7 +683,7 @@ def check_ending(stage: Stage, walk: Walk, outcome: Outcome, script: list[Part])
             assert walk.calls[-1].signal is Signal.ANSWERED
             assert set(why) == {f"p{i}" for i in range(int(asked[-1][1:]))}  # X6
         case Refused(signal):
-            assert POLICIES[signal].next is not Next.ONWARD
+            assert POLICIES[signal].next is not Next.ONWARD or POLICIES[signal].hopeless
         case Exhausted() | Parked():
             assert set(why) == {f"p{i}" for i in range(len(script))}
             last = {call.provider: call.signal for call in walk.calls}  # a retry may have said something else

@@ -3,17 +3,18 @@
 import asyncio
 import gzip
 import json
+import re
 import socket
 import struct
 import zlib
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.config import ProviderConfig
-from worker.cost import Usage
+from worker.cost import Usage, estimated_tokens
 from worker.errors import UsageError
 from worker.job import ChatRequest
 from worker.providers.http import client
@@ -78,7 +79,7 @@ REFUSALS = [
     (429, openai(QUOTA, "insufficient_quota", "insufficient_quota"), "quota_exhausted", "insufficient_quota"),
     (429, openai("Limit", "tokens", "project_spend_limit_exceeded"), "quota_exhausted", "project_spend_limit_exceeded"),
     (400, openai(TOO_LONG, code="context_length_exceeded"), "context_too_long", "context_length_exceeded"),
-    (400, openai("Unsupported value: 'temperature'", code="unsupported_value"), "invalid_request", "unsupported_value"),
+    (400, openai("Unsupported value: 'temperature'", code="unsupported_value"), "context_too_long", "unsupported_value"),
     (400, openai("Your request was rejected by our safety system.", code="content_policy_violation"), "content_policy",
      "content_policy_violation"),
     (404, openai("The model `gpt-9` does not exist", code="model_not_found"), "model_not_found", "model_not_found"),
@@ -162,7 +163,7 @@ REFUSALS = [
     (408, "", "request_timeout", None),
     (409, "", "conflict", None),
     (418, "", "invalid_request", None),
-    (301, "", "model_not_found", None),
+    (301, "", "model_not_found", "redirect"),
     (500, "[]", "server_error", None),
     (400, '"no"', "invalid_request", None),
 ]  # fmt: skip
@@ -282,6 +283,10 @@ def test_a_byte_order_mark_and_invalid_utf8_do_not_spoil_an_answer():
         ),
         ({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 115}, Usage(10, 105, None, 100)),
         ({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 12}, Usage(10, 5)),
+        ({"prompt_tokens": 10, "total_tokens": 15}, Usage(10, 5)),
+        ({"completion_tokens": 5, "total_tokens": 15}, Usage(10, 5)),
+        ({"prompt_tokens": 20, "total_tokens": 15}, Usage(20)),
+        ({"total_tokens": 15}, Usage()),
         ({}, Usage()),
     ],
 )
@@ -302,6 +307,78 @@ def test_the_wait_comes_from_the_header_or_from_googles_body():
     assert read(429, "").retry_after_s is None
 
 
+def test_who_writes_the_request_cannot_take_a_provider_out_by_what_the_vendor_quotes_of_it():
+    for words in ("insufficient balance", "api key not valid", "model not exist"):
+        assert read(400, openai(f"Invalid value: '{words}'.")).signal is Signal.INVALID_REQUEST
+        assert read(400, openai(f'Invalid value: "{words}".')).signal is Signal.INVALID_REQUEST
+        assert read(400, {"error": {"message": f"Unknown parameter: {words}", "param": words}}).signal is Signal.INVALID_REQUEST
+        assert POLICIES[read(400, openai(f"The vendor's own words: {words}.")).signal].isolate_s
+    assert read(400, openai("Invalid value: try again in 5 hours")).retry_after_s is None
+
+
+def test_a_vendor_that_breaks_its_packing_off_is_malformed_and_nothing_worse():
+    whole = gzip.compress(json.dumps(completion()).encode())
+    for packed in (whole[:-12], whole[: len(whole) // 2], b"\x1f\x8b", whole[:20] + b"\0" * 20):
+        reply = call_once(sends(http(packed, "200 OK", "Content-Encoding: gzip")))
+        assert (reply.signal, reply.error_code) == (Signal.MALFORMED, "not_json")
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Permanent Redirect"])
+def test_a_redirect_to_another_host_takes_neither_prompt_nor_key_there(status):
+    visits = []
+
+    async def elsewhere(reader, writer):
+        visits.append(await request_of(reader))
+
+    async def run():
+        async with AsyncExitStack() as stack:
+            other = await stack.enter_async_context(vendor(elsewhere))
+            moved = sends(http(b"", status, f"Location: {other}/chat/completions"))
+            base_url = await stack.enter_async_context(vendor(moved))
+            http_client = await stack.enter_async_context(client())
+            return await provider(base_url, http_client).complete(ASK, timeout_s=20, call_id="c")
+
+    reply = asyncio.run(run())
+    assert (reply.signal, reply.error_code) == (Signal.MODEL_NOT_FOUND, "redirect")
+    assert visits == []
+
+
+def test_a_proxy_that_lets_nobody_through_was_never_sent_to(monkeypatch):
+    async def refuse(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+
+    async def run():
+        async with vendor(refuse) as url:
+            monkeypatch.setenv("HTTPS_PROXY", url.removesuffix("/v1"))
+            monkeypatch.delenv("NO_PROXY", raising=False)
+            monkeypatch.delenv("no_proxy", raising=False)
+            async with client() as http_client:
+                return await provider("https://127.0.0.1:1/v1", http_client).complete(ASK, timeout_s=20, call_id="c")
+
+    reply = asyncio.run(run())
+    assert (reply.signal, reply.error_code) == (Signal.UNREACHABLE, "proxy")
+
+
+def test_an_answer_without_usage_is_estimated_from_the_request_that_was_sent():
+    body = {"choices": [{"message": {"content": "z" * 35}, "finish_reason": "stop"}]}
+    usage = call_once(sends(http(body))).usage
+    assert usage == Usage(estimated_tokens(ASK.messages), 10, estimated=True)
+
+
+@given(st.sampled_from([400, 401, 403, 429, 500]), st.text(min_size=12).filter(str.strip))
+def test_no_message_of_a_vendor_is_in_what_is_kept_of_its_error(status, words):
+    sentence = f"You said: {words}"
+    for body in (
+        openai(sentence, type=sentence, code=sentence),
+        {"error": sentence},
+        [{"error": {"message": sentence}}],
+        sentence.encode(),
+    ):
+        reply = read(status, body)
+        assert (reply.error_code, reply.answer) == (None, None)
+
+
 def test_an_error_code_never_carries_a_sentence():
     assert read(400, openai("secret", "the prompt was: my secret", "my secret is 42")).error_code is None
     assert "secret" not in repr(read(400, openai("my secret is 42")))
@@ -317,11 +394,26 @@ JSON = st.recursive(
 )
 
 
-@given(st.integers(200, 599), st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_no_body_whatever_makes_reading_raise(status, body):
-    reply = read(status, body)
+NAMES = ["Retry-After", "retry-after-ms", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens", "X-RateLimit-Reset"]
+NAMES += ["X-RateLimit-Remaining", "anthropic-ratelimit-requests-remaining", "anthropic-ratelimit-requests-reset"]
+VALUES = (
+    st.text(max_size=20) | st.integers().map(str) | st.sampled_from(["0", "1e400", "nan", "-1", "6m0s", "20ms", "2030-01-01T00:00:00Z"])
+)
+HEADERS = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=10), VALUES, max_size=6)
+
+
+@given(
+    st.integers(0, 999),
+    st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()),
+    HEADERS,
+    st.sampled_from([0, 1.8e9]),
+)
+def test_no_body_status_or_headers_whatever_make_reading_raise(status, body, headers, now):
+    reply = read_reply(status, headers, body, provider="p", model="m", now=now)
+    assert reply.retry_after_s is None or 0 <= reply.retry_after_s <= 3600
+    assert all(left is None or 0 <= left < 10**15 for left in (reply.remaining_requests, reply.remaining_tokens))
     assert reply.signal in POLICIES
-    assert reply.error_code is None or 0 < len(reply.error_code) <= 80
+    assert reply.error_code is None or re.fullmatch(r"[a-z0-9_.-]{1,80}", reply.error_code)
     assert (reply.answer is not None) == (reply.signal is Signal.ANSWERED)
     assert status < 300 or POLICIES[reply.signal].next in Next
 

@@ -22,7 +22,7 @@ from worker.errors import UsageError
 from worker.simulator.answers import say
 from worker.simulator.bill import Bill, fingerprint
 from worker.simulator.fitting import fit
-from worker.simulator.limits import Bucket
+from worker.simulator.limits import Bucket, Limits
 from worker.simulator.plan import draw
 from worker.simulator.script import ProviderScript, Script, load, parse
 from worker.simulator.server import Simulator
@@ -598,6 +598,21 @@ def test_a_bucket_never_gives_more_than_it_holds_and_refills_and_its_hint_suffic
         bucket.take(wanted)
         given_ += min(wanted, limit)
         assert given_ <= limit + limit * now_s / 60 + 1e-3
+
+
+def test_a_bucket_left_alone_holds_a_minutes_worth_and_no_more() -> None:
+    bucket = Bucket(60, 0.0)
+    bucket.take(40)
+    assert bucket.wait_s(60, 10.0) == 30
+    assert bucket.wait_s(60, 3600.0) == 0
+    assert bucket.level() == (60, 60, 0)
+
+
+def test_a_refused_request_takes_nothing_from_any_limit() -> None:
+    limits = Limits.of(script(rpm=60, tpm=600).providers["one"], 0.0)
+    assert limits.refusal_s(600, 0, 0.0) is None
+    assert [limits.refusal_s(60, 0, 0.0) for _ in range(100)] == [6.0] * 100
+    assert limits.levels()["requests"].remaining == 59
 
 
 def test_models_livez_and_unknown_routes() -> None:

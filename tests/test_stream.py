@@ -175,7 +175,7 @@ def test_a_stream_that_ends_anywhere_before_its_finish_reason_is_dropped(dialect
 
 CALLS = [
     chunk({"role": "assistant", "content": None, "tool_calls": [
-        {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": ""}}]}),
+        {"index": 0, "id": "call_1", "type": "function", "arguments": "stray", "function": {"name": "look", "arguments": ""}}]}),
     chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"at":'}}]}),
     chunk({"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "ask", "arguments": "{}"}}]}),
     chunk({"tool_calls": [{"index": 0, "function": {"arguments": ' "VPN"}'}}]}),
@@ -455,7 +455,7 @@ def test_nobody_waits_for_a_stream_to_be_closed_that_has_said_its_last_word(dial
         writer.write(HEAD + chunked(WHOLE[dialect]))
         await reader.read()
 
-    [reply] = calls(dialect, handle, timeout_s=60, patience_s=20, stall_timeout_s=60)
+    [reply] = calls(dialect, handle, timeout_s=60, patience_s=10, first_token_timeout_s=50, stall_timeout_s=50)
     assert reply.answer.content == "All good 🙂."
 
 

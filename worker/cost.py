@@ -17,7 +17,7 @@ from worker.config import ProviderConfig
 BYTES_A_TOKEN = 3.5  # of English and of JSON with the usual tokenizers; other scripts take more tokens
 IMAGE_TOKENS = 1000  # of one that is sent along; vendors count some hundred to 1,600, whatever its bytes
 _QUANTUM = Decimal("1e-12")  # scale of provider_calls.cost_usd
-_DATA_URL = re.compile(r'(?<!\\)"data:[^"\\]*"')
+_DATA_URL = re.compile(r'"data:[a-zA-Z0-9.+/-]+;base64,[^"\\]*"')
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ class Signal(StrEnum):
     CONTENT_POLICY = "content_policy"
     INVALID_REQUEST = "invalid_request"
     CONTEXT_TOO_LONG = "context_too_long"
+    UNSUPPORTED = "unsupported"  # this provider cannot serve such a request, another one may
     UNAUTHORIZED = "unauthorized"
     QUOTA_EXHAUSTED = "quota_exhausted"
     MODEL_NOT_FOUND = "model_not_found"
@@ -91,6 +92,7 @@ POLICIES: Mapping[Signal, Policy] = {
     Signal.CONTENT_POLICY: Policy(verdict=_X, next=Next.STOP, billing=_BILLED),
     Signal.INVALID_REQUEST: Policy(verdict=_X, next=Next.STOP, billing=_FREE, metered=False),
     Signal.CONTEXT_TOO_LONG: Policy(verdict=_X, next=Next.LARGER, billing=_FREE, metered=False, hopeless=True),
+    Signal.UNSUPPORTED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, metered=False, hopeless=True),
     Signal.UNAUTHORIZED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=300, metered=False),
     Signal.QUOTA_EXHAUSTED: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=900, metered=False),
     Signal.MODEL_NOT_FOUND: Policy(verdict=_X, next=Next.ONWARD, billing=_FREE, isolate_s=900, metered=False),

@@ -16,6 +16,7 @@ from typing import TypeVar
 from uuid import UUID
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from worker.calls import Call, NewCall, Stopwatch
 from worker.config import ProviderConfig
@@ -41,6 +42,8 @@ INLINE_WAIT_S = 0.25  # for room at a provider; who has to wait longer asks anot
 LEASE_MORE_S = 5.0  # a call is given up for lost so long after its own limit
 MOST_EXTRAS = 3  # retries and hedges in one attempt, and only in the first two attempts: six over a job's life
 USUAL_OUTPUT = 256  # tokens, reserved where the request sets no limit
+
+_NO_ROOM = frozenset({Denial.LIMITED, Denial.CONGESTED})
 
 Value = TypeVar("Value")
 log = structlog.get_logger(__name__)
@@ -110,7 +113,7 @@ class Steps:
 
     async def _admitted(self, walk: Walk, step: Step) -> Admission | None:
         admission = await self._admit(walk, step)
-        if admission.denied is Denial.LIMITED and admission.retry_after_s <= min(INLINE_WAIT_S, walk.remaining_s() - LEAST_CALL_S):
+        if admission.denied in _NO_ROOM and admission.retry_after_s <= min(INLINE_WAIT_S, walk.remaining_s() - LEAST_CALL_S):
             await asyncio.sleep(admission.retry_after_s)
             admission = await self._admit(walk, step)
         if admission.allowed:
@@ -155,6 +158,9 @@ class Steps:
         name = step.station.provider.name
         try:
             called = await self._call(walk, step)
+        except SQLAlchemyError:  # it cannot be put on the books, so it is not made
+            await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL, sent=False))
+            raise
         except BaseException:
             await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL))
             raise
@@ -270,7 +276,7 @@ def _ending(reply: Reply, call: Call, *, ours: bool) -> Ending:
         isolate_s=policy.isolate_s or 0,
         reason=reply.error_code or reply.signal.value,
         tokens=used or (None if policy.metered else 0),
-        sent=reply.signal is not Signal.UNREACHABLE,
+        sent=reply.signal is not Signal.UNREACHABLE and (reply.signal is not Signal.UNSUPPORTED or reply.http_status is not None),
         ease=policy.ease,
         remaining_requests=reply.remaining_requests,
         remaining_tokens=reply.remaining_tokens,

@@ -557,13 +557,23 @@ def test_the_configuration_is_checked_with_the_keys_it_names_and_shown_without_t
     assert "providers.steady.api_key: environment variable STEADY_KEY is not set" in missing.err
     monkeypatch.setenv("STEADY_KEY", "very-secret")
     fine = command("config", "check", "--json")
-    assert (fine.code, fine.json()) == (0, {"ok": True, "problems": [], "without_effect": ["providers.steady.rpm"]})
+    assert (fine.code, fine.json()) == (0, {"ok": True, "problems": [], "without_effect": [], "notes": []})
     assert "2 providers, 1 chains" in command("config", "check").out
     for ended in (command("config", "show", "--json"), command("config", "show")):
         assert ended.code == 0
         assert "env:STEADY_KEY" in ended.out
         assert "very-secret" not in ended.out + ended.err
     assert not (here / ".backstop").exists()
+
+
+def test_a_chain_that_keeps_to_a_share_of_the_spend_needs_prices(command, here, monkeypatch):
+    config = here / "backstop.toml"
+    more = '[chains.quick]\nproviders = ["steady", "nobodys"]\nstrategy = "hedge"\n'
+    unlisted = '[providers.nobodys]\nbase_url = "http://127.0.0.1:1/v1"\nmodel = "of-nobody"\n'
+    config.write_text(f"{config.read_text()}\n{unlisted}{more}")
+    ended = command("config", "check")
+    assert ended.code == 1
+    assert 'chains.quick: strategy = "hedge" keeps to a share of the spend, so providers.nobodys.price is needed' in ended.err
 
 
 def test_a_schema_that_is_current_is_fine_and_stays_so(backstop):

@@ -31,7 +31,7 @@ import psycopg
 import sqlalchemy.exc
 from sqlalchemy import text
 
-from worker import attempt, calls, chain, database, keeper, ledger, spool, wiring
+from worker import attempt, calls, database, keeper, ledger, spool, step, wiring
 from worker.app import app
 from worker.deathwatch import DeathWatch
 from worker.dispatch import Dispatcher
@@ -45,8 +45,8 @@ POINTS: Mapping[str, tuple[Any, str, str]] = {
     "after_fetch": (attempt.Attempts, "run_pack", "before"),  # a message was fetched and acknowledged
     "before_claim": (attempt, "claim", "before"),
     "after_claim": (attempt, "claim", "after"),
-    "before_open_call": (chain.Chain, "_opened", "before"),
-    "after_open_call": (chain.Chain, "_opened", "after"),  # its row is on the books, by now or since the claim
+    "before_open_call": (step.Steps, "_opened", "before"),
+    "after_open_call": (step.Steps, "_opened", "after"),  # its row is on the books, by now or since the claim
     "before_request": (OpenAICompatible, "complete", "before"),
     "after_request": (OpenAICompatible, "complete", "after"),  # answered and paid for, booked nowhere
     "before_settle": (attempt, "settle", "before"),

@@ -44,9 +44,15 @@ SCRIPT = {
         "locked": {"model": "m-locked", "faults": [{"kind": "status", "status": 401, "rate": 1}]},
         "silent": {"model": "m-silent", "faults": [{"kind": "hang", "seconds": 300, "rate": 1}]},
         "good": {"model": "m-good"},
+        "narrow": {"model": "m-narrow", "concurrency": 3, "latency": {"ms": 20}},  # one more at once is a 429
     }
 }
-CHAINS = {"default": ["dead", "ill", "good"], "locked": ["locked", "good"], "silent": ["silent"], "good": ["good"]}
+CHAINS = {
+    "default": ["dead", "ill", "good"], "locked": ["locked", "good"], "silent": ["silent"], "good": ["good"], "narrow": ["narrow"],
+    "race": ["silent", "ill", "good"], "poor": ["ill"],
+}  # fmt: skip
+SETTINGS = {"race": 'strategy = "race"', "poor": 'degrade = ["static"]\nstatic_text = "We will write to you."'}
+LIMITS = {"narrow": "max_concurrency = 3"}
 
 
 @dataclass
@@ -102,13 +108,13 @@ def own_database(servers: Endpoints) -> Iterator[str]:
 
 def configured(home: Path, simulator: Simulator) -> Path:
     lines = [
-        f'[providers.{name}]\nbase_url = "{url}"\nmodel = "m-{name}"\nprice = {{ input = "1", output = "2" }}\n'
+        f'[providers.{name}]\nbase_url = "{url}"\nmodel = "m-{name}"\nprice = {{ input = "1", output = "2" }}\n{LIMITS.get(name, "")}\n'
         for name, url in [
             ("dead", "http://127.0.0.1:1/v1"),
             *((name, simulator.base_url(name)) for name in SCRIPT["providers"]),
         ]
     ]
-    lines += [f"[chains.{name}]\nproviders = {json.dumps(providers)}\n" for name, providers in CHAINS.items()]
+    lines += [f"[chains.{name}]\nproviders = {json.dumps(providers)}\n{SETTINGS.get(name, '')}\n" for name, providers in CHAINS.items()]
     file = home / "backstop.toml"
     file.write_text("\n".join(lines))
     return file
@@ -242,14 +248,47 @@ def test_what_one_worker_learnt_of_a_provider_the_other_obeys(fleet):
     asyncio.run(main())
 
 
+def test_a_batch_keeps_within_what_its_provider_takes_at_once_and_meets_no_refusal(fleet):
+    async def main() -> None:
+        async with fleet.connected() as opened:
+            made = await batch(opened, "narrow", "narrow", 60)
+            sql = "SELECT c.outcome FROM provider_calls c JOIN jobs j ON j.id = c.job_id WHERE j.batch_id = :id"
+            assert [call.outcome for call in await select(opened, sql, id=made)] == ["answered"] * 60
+
+    asyncio.run(main())
+
+
+def test_a_race_is_won_by_the_first_answer_and_who_lost_is_on_the_books(fleet):
+    async def main() -> None:
+        async with fleet.connected() as opened:
+            (job_id,) = await ended(fleet, opened, "race")
+            calls = await select(opened, "SELECT * FROM provider_calls WHERE job_id = :id", id=job_id)
+            told = {call.provider: (call.outcome, call.error_code, call.billing) for call in calls}
+            assert told["good"] == ("answered", None, "billed")
+            assert told["silent"] == ("cancelled", "overtaken", "unknown")
+
+    asyncio.run(main())
+
+
+def test_a_person_gets_the_text_of_the_ladder_when_nobody_answers(fleet):
+    async def main() -> None:
+        async with fleet.connected() as opened:
+            (job_id,) = await ended(fleet, opened, "poor")
+            (row,) = await select(opened, "SELECT answer FROM results WHERE job_id = :id", id=job_id)
+            assert (row.answer["content"], row.answer["degraded"]) == ("We will write to you.", "static")
+
+    asyncio.run(main())
+
+
 def test_a_running_job_is_cancelled_and_its_call_stays_on_the_books(fleet):
     async def main() -> None:
         async with fleet.connected() as opened, Endings(opened.db, opened.redis) as endings:
             request = ChatRequest([{"role": "user", "content": "hello"}])
+            before = fleet.simulator.requests("silent")
             job = await submit(opened.db, fleet.publish, NewJob(request=request, chain="silent"))
 
             async def asked() -> bool:
-                return fleet.simulator.requests("silent") > 0
+                return fleet.simulator.requests("silent") > before
 
             await until(asked)
             outcome = await cancel(opened.db, job_ids=[job.job_id])

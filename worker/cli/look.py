@@ -246,7 +246,7 @@ def _say_estimated(costs: Sequence[Decimal | None]) -> None:
     """How much of a sum rests on tokens that we had to estimate; nothing when none does."""
     known = [cost for cost in costs if cost is not None]
     if costs:
-        click.echo(f"of which {money(sum(known, Decimal(0)) if known else None)} USD estimated: the provider counted no tokens")
+        say(f"of which {money(sum(known, Decimal(0)) if known else None)} USD estimated: the provider counted no tokens")
 
 
 @click.command()

@@ -17,6 +17,7 @@ from worker.errors import NotFound, UsageError
 from worker.intervene import cancel as cancel_jobs
 from worker.intervene import requeue, requeueable
 from worker.job import JobState, Lane
+from worker.resilience.gate import Status
 from worker.selection import ALL
 from worker.settings import read_settings
 from worker.views import BatchView, JobView
@@ -115,12 +116,18 @@ def providers(action: Literal["open", "close", "reset"] | None, name: str | None
             day = today.get(status.provider)
             figures = (day.calls, day.failed, day.p50_ms, day.p95_ms, money(day.cost_usd)) if day else (0, 0, None, None, "0")
             again = f"{status.retry_after_s:.0f} s" if status.retry_after_s else None
-            limits = (status.in_flight, status.requests_left, status.tokens_left, f"{status.rate_multiplier:.0%}")
-            rows.append((status.provider, status.health, status.state, again, status.reason, *limits, *figures))
-        titles = ("provider", "health", "breaker", "asked again in", "why", "in flight", "requests left", "tokens left", "rate")
-        show_table((*titles, "calls today", "failed", "p50 ms", "p95 ms", "USD"), rows)
+            rows.append((status.provider, status.health, status.state, again, status.reason, _load(status), *figures))
+        titles = ("provider", "health", "breaker", "asked again in", "why", "load", "calls today", "failed", "p50 ms", "p95 ms", "USD")
+        show_table(titles, rows)
 
-    with_ledger(look)
+    with_ledger(look, configured)
+
+
+def _load(status: Status) -> str:
+    """Calls in flight, and what its limits leave now."""
+    left = ((status.requests_left, "requests left"), (status.tokens_left, "tokens left"))
+    said = [f"{status.in_flight} in flight", *(f"{count} {what}" for count, what in left if count is not None)]
+    return ", ".join([*said, f"rate at {status.rate_multiplier:.0%}"] if status.rate_multiplier < 1 else said)
 
 
 _LANES = text("""

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
 from worker import database, events
+from worker.config import Config
 from worker.embedded.servers import provided
 from worker.errors import Unreachable
 from worker.settings import Settings, read_settings
@@ -38,11 +39,14 @@ def servers() -> Iterator[Settings]:
         yield settings
 
 
-def with_ledger(work: Callable[[Connections], Awaitable[Value]]) -> Value:
-    """What `work` gives back, called with open connections. Raises Unreachable where Postgres or Redis goes away."""
+def with_ledger(work: Callable[[Connections], Awaitable[Value]], config: Config | None = None) -> Value:
+    """What `work` gives back, called with open connections. Raises Unreachable where Postgres or Redis goes away.
+
+    `config` where the limits of providers are to be known.
+    """
 
     async def connected(settings: Settings) -> Value:
-        async with connections(settings) as open_:
+        async with connections(settings, config) as open_:
             return await work(open_)
 
     with servers() as settings:

@@ -12,9 +12,10 @@ import httpx
 
 from worker.config import ProviderConfig
 from worker.job import ChatRequest
-from worker.providers.anthropic_answers import UNSUPPORTED, read_reply
+from worker.providers.anthropic_answers import read_reply
 from worker.providers.anthropic_request import Unsupported, translated, wants_json
 from worker.providers.anthropic_stream import MessageAssembly
+from worker.providers.counted import counted
 from worker.providers.exchange import Exchange, checked, encode
 from worker.providers.provider import Reply
 from worker.providers.stream import Stream
@@ -48,9 +49,9 @@ class AnthropicMessages:
         try:
             asked = translated(request, self.model)
         except Unsupported as lack:
-            return Reply(signal=UNSUPPORTED, error_code=f"unsupported_{lack.what}")
+            return Reply(signal=Signal.UNSUPPORTED, error_code=f"unsupported_{lack.what}")
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-            return Reply(signal=UNSUPPORTED, error_code="unsupported_shape")
+            return Reply(signal=Signal.UNSUPPORTED, error_code="unsupported_shape")
         sent = {name: value for name, value in asked.items() if name not in self._refused}
         try:
             body = encode({**sent, "stream": True} if self._config.stream else sent).encode()
@@ -59,6 +60,7 @@ class AnthropicMessages:
         stream = Stream(MessageAssembly(), self._config) if self._config.stream else None
         read = partial(self._read, sent)
         reply = await self._exchange.ask(body, timeout_s=timeout_s, call_id=call_id, read=read, stream=stream)
+        reply = counted(reply, request)
         return _held(reply) if wants_json(request) else reply
 
     def _read(self, sent: Mapping[str, Any], status: int, headers: Mapping[str, str], content: bytes) -> Reply:

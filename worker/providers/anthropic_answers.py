@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
 from worker.cost import Usage
 from worker.job import Answer
+from worker.providers.headroom import reset_s, with_headroom
 from worker.providers.openai_answers import _count, _json
 from worker.providers.openai_errors import Complaint, complaint, meaning
 from worker.providers.provider import Reply
-from worker.resilience.backoff import LONGEST_WAIT_S, retry_after_s
+from worker.resilience.backoff import retry_after_s
 from worker.signals import Signal
-
-# Asked as it is, this provider cannot serve the request, and another one may: on to the next.
-UNSUPPORTED = Signal.CONTEXT_TOO_LONG
 
 # What an `invalid_request_error` says, lower case; of a message only, which is read and forgotten.
 _PHRASES: tuple[tuple[str, Signal], ...] = (
@@ -26,32 +22,23 @@ _PHRASES: tuple[tuple[str, Signal], ...] = (
     ("prompt is too long", Signal.CONTEXT_TOO_LONG),
     ("exceed context limit", Signal.CONTEXT_TOO_LONG),
     ("content filtering policy", Signal.CONTENT_POLICY),
-    ("maximum allowed number of output tokens", UNSUPPORTED),
-    ("output_config", UNSUPPORTED),
-    ("not support", UNSUPPORTED),  # prefill, effort, images: by the model
-    ("for this model", UNSUPPORTED),
+    ("maximum allowed number of output tokens", Signal.UNSUPPORTED),
+    ("output_config", Signal.UNSUPPORTED),
+    ("not support", Signal.UNSUPPORTED),  # prefill, effort, images: by the model
+    ("for this model", Signal.UNSUPPORTED),
 )
 _FINISH_NAMES: Mapping[str, str] = {
     "end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "max_tokens": "length",
     "model_context_window_exceeded": "length",
 }  # fmt: skip
-_LIMITS = ("requests", "tokens", "input-tokens", "output-tokens")
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, *, provider: str, model: str, now: float) -> Reply:
-    """What an HTTP response means. `now` is Unix time, for waits that are given as dates. Never raises.
-
-    What remains of the rate limits is told also with an answer, but no wait: `reset` there is when a limit is full again.
-    """
-    reply = _reply(status, headers, body, provider=provider, model=model, now=now)
-    return replace(
-        reply,
-        remaining_requests=_count(headers.get("anthropic-ratelimit-requests-remaining")),
-        remaining_tokens=_count(headers.get("anthropic-ratelimit-tokens-remaining")),
-    )
+    """What an HTTP response means. `now` is Unix time, for waits that are given as dates. Never raises."""
+    return with_headroom(_reply(status, headers, body, provider, model, now), headers, now)
 
 
-def _reply(status: int, headers: Mapping[str, str], body: bytes, *, provider: str, model: str, now: float) -> Reply:
+def _reply(status: int, headers: Mapping[str, str], body: bytes, provider: str, model: str, now: float) -> Reply:
     decoded = _json(body)
     error = complaint(decoded)
     if status >= 300 or error is not None:
@@ -120,11 +107,12 @@ def _refusal(status: int, headers: Mapping[str, str], error: Complaint, decoded:
         return Reply(signal=Signal.QUOTA_EXHAUSTED, http_status=status, error_code=detail)
     by_phrase = (signal for phrase, signal in _PHRASES if phrase in error.message)
     signal = next(by_phrase, None) if status in (200, 400) else None
+    stated_s = retry_after_s(headers, now)
     return Reply(
         signal=signal or meaning(status, error),
         http_status=status,
-        error_code=error.code,
-        retry_after_s=wait_s(headers, now),
+        error_code="redirect" if 300 <= status < 400 else error.code,
+        retry_after_s=reset_s(headers, now) if stated_s is None else stated_s,
     )
 
 
@@ -133,23 +121,3 @@ def _detail(decoded: Any) -> str | None:
     details = error.get("details") if isinstance(error, dict) else None
     code = details.get("error_code") if isinstance(details, dict) else None
     return code if isinstance(code, str) else None
-
-
-def wait_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait, 0 to 3600: what Retry-After says, else the longest `anthropic-ratelimit-*-reset` of which nothing remains."""
-    stated_s = retry_after_s(headers, now)
-    if stated_s is not None:
-        return stated_s
-    lower = {name.lower(): value.strip() for name, value in headers.items()}
-    resets = [_until_s(lower.get(f"anthropic-ratelimit-{limit}-reset", ""), now)
-              for limit in _LIMITS if lower.get(f"anthropic-ratelimit-{limit}-remaining") == "0"]  # fmt: skip
-    return max((wait for wait in resets if wait is not None), default=None)
-
-
-def _until_s(stamp: str, now: float) -> float | None:
-    """Until an RFC 3339 time, with its zone."""
-    try:
-        moment = datetime.fromisoformat(stamp)
-        return min(max(0.0, moment.timestamp() - now), LONGEST_WAIT_S) if moment.tzinfo else None
-    except (ValueError, OverflowError):
-        return None

@@ -17,10 +17,21 @@ _REMAINING = re.compile(
     r"x-ratelimit-remaining(?:-(?P<openai>req|tokens)[a-z_-]*)?|x-(?P<together>token)limit-remaining"
     r"|anthropic-ratelimit-(?P<anthropic>requests|tokens|input-tokens|output-tokens)-remaining"
 )
-_PARTS = ("output", "generated", "prompt")  # of the tokens: what is left of one says little of the whole
+_PARTS = ("generated", "prompt")  # of the tokens (Fireworks): what is left of one says little of the whole
 _COUNT = re.compile(r"([0-9]{1,15})(?:\.[0-9]*)?")
 _UNITS = r"ms|milliseconds?|minutes?|mins?|m|seconds?|secs?|s|hours?|h|days?|d"
-_UNITS_S: Mapping[str, float] = {"ms": 0.001, "mil": 0.001, "m": 60, "min": 60, "s": 1, "sec": 1, "h": 3600, "hou": 3600, "d": 86_400, "day": 86_400}
+_UNITS_S: Mapping[str, float] = {
+    "ms": 0.001,
+    "mil": 0.001,
+    "m": 60,
+    "min": 60,
+    "s": 1,
+    "sec": 1,
+    "h": 3600,
+    "hou": 3600,
+    "d": 86_400,
+    "day": 86_400,
+}
 _PART = re.compile(rf"([0-9]{{1,12}}(?:\.[0-9]{{1,12}})?) ?({_UNITS})")
 SPAN = rf"(?:[0-9]{{1,12}}(?:\.[0-9]{{1,12}})? ?(?:{_UNITS}) ?){{1,4}}"  # "1.2s", "6m0s", "20ms", "7 seconds"
 _NUMBER = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15})?")
@@ -49,7 +60,7 @@ def with_headroom(reply: Reply, headers: Mapping[str, str], now: float) -> Reply
 
 
 def reset_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds until the last of those limits is reset of which nothing remains, 0 to 3600; None when they do not say. `now` is Unix time."""
+    """Seconds until all limits of which nothing remains are reset, 0 to 3600; None when it is not said. `now` is Unix time."""
     lower = {name.lower(): value.strip() for name, value in headers.items()}
     names = [name for name, value in lower.items() if _REMAINING.fullmatch(name) and _count(value) == 0]
     waits = [_until_s(lower.get(name.replace("remaining", "reset"), ""), now) for name in names]

@@ -9,6 +9,7 @@ import httpx
 
 from worker.config import ProviderConfig
 from worker.job import ChatRequest
+from worker.providers.counted import counted
 from worker.providers.exchange import MOST_BODY_BYTES as MOST_BODY_BYTES
 from worker.providers.exchange import Exchange, checked, encode
 from worker.providers.openai_answers import read_reply
@@ -23,7 +24,8 @@ _OURS = frozenset({"stream", "stream_options"})  # the config says whether an an
 class OpenAICompatible:
     """One endpoint of that dialect. Implements `worker.providers.provider.Provider`.
 
-    `http` comes from `worker.providers.http.client` and is shared. `key` goes into `Authorization` only.
+    `http` comes from `worker.providers.http.client` and is shared. `key` goes into `Authorization` only. At Azure that is taken at
+    https://NAME.openai.azure.com/openai/v1 with the deployment as the model; the older URLs, with `api-version`, are not spoken.
     Raises UsageError when the key cannot stand in a header.
     """
 
@@ -42,7 +44,8 @@ class OpenAICompatible:
         except (ValueError, TypeError, RecursionError):  # lone surrogates, NaN, sets, circles
             return Reply(signal=Signal.INVALID_REQUEST, error_code="not_encodable")
         stream = Stream(CompletionAssembly(), self._config) if self._config.stream else None
-        return await self._exchange.ask(body, timeout_s=timeout_s, call_id=call_id, read=self._read, stream=stream)
+        reply = await self._exchange.ask(body, timeout_s=timeout_s, call_id=call_id, read=self._read, stream=stream)
+        return counted(reply, request)
 
     def _body(self, request: ChatRequest) -> bytes:
         parameters = {name: value for name, value in request.parameters.items() if name not in _OURS}

@@ -9,10 +9,11 @@ from typing import Any
 
 from worker.cost import Usage
 from worker.job import Answer
-from worker.providers.openai_errors import Complaint, complaint, meaning
+from worker.providers.headroom import reset_s, with_headroom
+from worker.providers.openai_errors import Complaint, complaint, meaning, plain
 from worker.providers.provider import Reply
 from worker.resilience.backoff import retry_after_s
-from worker.signals import Signal
+from worker.signals import POLICIES, Signal
 
 _MOST_TOKENS = 2**31 - 1  # what the ledger's columns hold
 # Raw line breaks in strings are forgiven; NaN and Infinity, which Postgres refuses, become null.
@@ -24,25 +25,33 @@ _ESCAPES = re.compile(
     r"|\\.",
     re.DOTALL,
 )
+_COMMENTS = re.compile(r"(?:\s*:[^\n]*\n)+")  # keep-alives in the manner of event streams; blank ones JSON allows anyway
 _FINISH_SIGNALS: Mapping[str, Signal] = {
-    "content_filter": Signal.CONTENT_POLICY,
-    "safety": Signal.CONTENT_POLICY,
-    "sensitive": Signal.CONTENT_POLICY,
-    "error": Signal.SERVER_ERROR,
-    "network_error": Signal.SERVER_ERROR,
+    **dict.fromkeys(
+        ("content_filter", "safety", "sensitive", "recitation", "blocklist", "prohibited_content", "spii", "refusal"),
+        Signal.CONTENT_POLICY,
+    ),
+    **dict.fromkeys(("error", "network_error", "abort"), Signal.SERVER_ERROR),
     "insufficient_system_resource": Signal.OVERLOADED,
+    **dict.fromkeys(("function_call_filter", "malformed_function_call"), Signal.UNFIT),  # Gemini: its model wrote no valid call
 }
-_FINISH_NAMES: Mapping[str, str] = {"max_tokens": "length", "model_length": "length", "end_turn": "stop", "eos": "stop"}
+_FINISH_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("max_tokens", "model_length", "model_context_window_exceeded"), "length"),
+    **dict.fromkeys(("end_turn", "eos", "complete", "stop_sequence"), "stop"),
+    **dict.fromkeys(("tool_use", "function_call"), "tool_calls"),
+}
 
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, *, provider: str, model: str, now: float) -> Reply:
     """What an HTTP response means. `now` is Unix time, for a Retry-After that names a date. Never raises."""
+    return with_headroom(_read(status, headers, body, provider, model, now), headers, now)
+
+
+def _read(status: int, headers: Mapping[str, str], body: bytes, provider: str, model: str, now: float) -> Reply:
     decoded = _json(body)
-    if status >= 300:
-        return _refusal(status, headers, complaint(decoded) or Complaint(), _usage_in(decoded), now)
     error = complaint(decoded)
-    if error is not None:
-        return _refusal(status, headers, error, _usage_in(decoded), now)
+    if error is not None or status >= 300:
+        return _refusal(status, headers, error or plain(body), _usage_in(decoded), now)
     if decoded is None:
         return Reply(signal=Signal.MALFORMED, http_status=status, error_code="not_json")
     choice = _first_choice(decoded)
@@ -61,7 +70,7 @@ def _of_choice(choice: dict[str, Any], decoded: dict[str, Any], status: int, *, 
     signal = _FINISH_SIGNALS.get(finish.split(":")[0])
     if signal is not None:
         return Reply(signal=signal, usage=usage, http_status=status, error_code=f"finish_{finish.split(':')[0]}")
-    message = choice["message"]
+    message = choice["message"] if isinstance(choice.get("message"), dict) else {}
     content, tools = _content(message.get("content")), _tool_calls(message)
     if not tools and not (content or "").strip():
         return _empty(message, finish, usage, status)
@@ -86,23 +95,23 @@ def _empty(message: Mapping[str, Any], finish: str, usage: Usage, status: int) -
 
 
 def _refusal(status: int, headers: Mapping[str, str], error: Complaint, usage: Usage, now: float) -> Reply:
+    signal = meaning(status, error)
+    waits = (retry_after_s(headers, now), error.retry_delay_s if POLICIES[signal].block_s else None, reset_s(headers, now))
     return Reply(
-        signal=meaning(status, error),
+        signal=signal,
         usage=None if usage == Usage() else usage,
         http_status=status,
-        error_code=error.code,
-        retry_after_s=_wait_s(headers, error, now),
+        error_code="redirect" if 300 <= status < 400 else error.code,
+        retry_after_s=next((wait_s for wait_s in waits if wait_s is not None), None),
     )
-
-
-def _wait_s(headers: Mapping[str, str], error: Complaint, now: float) -> float | None:
-    stated_s = retry_after_s(headers, now)
-    return error.retry_delay_s if stated_s is None else stated_s
 
 
 def _json(body: bytes) -> Any:
     """The decoded body, storable in Postgres (no NUL, no half surrogate), or None when it is no JSON."""
     text = body.decode("utf-8-sig", "replace").replace("\0", "\ufffd")
+    comments = _COMMENTS.match(text)
+    if comments:
+        text = text[comments.end() :]
     if _UNSTORABLE.search(text):
         text = _ESCAPES.sub(lambda match: r"\ufffd" if match[1] else match[0], text)
     try:
@@ -114,9 +123,15 @@ def _json(body: bytes) -> Any:
 def _first_choice(decoded: Any) -> dict[str, Any] | None:
     choices = decoded.get("choices") if isinstance(decoded, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict) or not (isinstance(choice.get("message"), dict) or choice.get("error")):
+    if not isinstance(choice, dict) or not (isinstance(choice.get("message"), dict) or choice.get("error") or _is_blocked(choice)):
         return None
     return choice
+
+
+def _is_blocked(choice: Mapping[str, Any]) -> bool:
+    """Gemini says of a blocked prompt that it is, and leaves the message out."""
+    finish = choice.get("finish_reason")
+    return isinstance(finish, str) and finish.lower().split(":")[0] in _FINISH_SIGNALS
 
 
 def _content(value: Any) -> str | None:
@@ -128,6 +143,9 @@ def _content(value: Any) -> str | None:
 
 def _tool_calls(message: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     calls = message.get("tool_calls")
+    older = message.get("function_call")
+    if not calls and isinstance(older, dict):
+        return [{"id": None, "type": "function", "function": older}]
     return [call for call in calls if isinstance(call, dict)] or None if isinstance(calls, list) else None
 
 
@@ -137,11 +155,16 @@ def _usage_in(decoded: Any) -> Usage:
 
 
 def usage_of(usage: Mapping[str, Any]) -> Usage:
-    """Normalised. Prompt tokens include cached ones here; hidden thinking (Gemini, xAI) is what the total adds."""
+    """Normalised. Prompt tokens include cached ones here; hidden thinking (Gemini, xAI) is what the total adds.
+
+    Of three counts the third, where one is missing, is the difference of the others.
+    """
     prompt, completion, total = (_count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
     cached = _first_count(_part(usage, "prompt_tokens_details", "cached_tokens"), usage.get("prompt_cache_hit_tokens"),
                           usage.get("cached_tokens"))  # fmt: skip
     reasoning = _first_count(_part(usage, "completion_tokens_details", "reasoning_tokens"), usage.get("reasoning_tokens"))
+    if total is not None and (prompt is None) != (completion is None) and total >= (prompt or completion or 0):
+        prompt, completion = (total - (completion or 0), completion) if prompt is None else (prompt, total - prompt)
     if prompt is not None and completion is not None and total is not None and total > prompt + completion:
         hidden = total - prompt - completion
         completion, reasoning = total - prompt, max(reasoning or 0, hidden)

@@ -16,7 +16,8 @@ class Denial(StrEnum):
     BREAKER = "breaker"  # open, isolated, forced open, or its probe is under way
     BLOCKED = "blocked"  # the provider asked all of us to wait
     RAMPING = "ramping"  # closed a moment ago, and lets in a share of the calls
-    LIMITED = "limited"  # no room in the limits for requests, tokens or calls in flight
+    LIMITED = "limited"  # no room in the configured limits for requests, tokens or calls in flight
+    CONGESTED = "congested"  # it refused calls a moment ago, and takes fewer at once until it answers well again
     BUDGET = "budget"  # no retry is left
 
 

@@ -49,6 +49,7 @@ local function decide(ask)
   end
   if wait_ms > 0 then
     if look[5] == 1 then circuit.release() end
+    if why == 'limited' and meter.is_congested(bulk) then why = 'congested' end
     return {why, wait_ms, false, 0}
   end
   if extra > 0 then budget.draw(extra) end
@@ -87,7 +88,7 @@ end
 
 local names = {
   'lease', 'generation', 'probe', 'verdict', 'slow', 'block_ms', 'isolate_ms', 'reason', 'reserved', 'used', 'sent',
-  'ease', 'remaining_requests', 'remaining_tokens', 'bucket', 'first', 'cost',
+  'ease', 'remaining_requests', 'remaining_tokens', 'bucket', 'first', 'cost', 'took_ms',
 }
 
 local function hear(tell, jitter)

@@ -10,7 +10,7 @@ local function number(field, otherwise) return tonumber(stored[field]) or otherw
 now = math.max(now, number('at', now))
 local elapsed = now - number('at', now)
 local m, eased_at, room = number('multiplier', 1), number('eased_at', 0), number('room', 0)
-local promised_calls, concurrency = number('promised_calls', 0), limits[3]
+local promised_calls, call_ms, concurrency = number('promised_calls', 0), number('call_ms', rules.call_ms), limits[3]
 local in_flight -- counted once, when somebody wants to know
 local takers = {}
 
@@ -32,7 +32,7 @@ local function ceiling()
 end
 
 local requests, tokens = filled('requests', limits[1]), filled('tokens', limits[2])
-if ceiling() < math.huge then promised_calls = math.max(0, promised_calls - elapsed * (ceiling() / rules.call_ms)) end
+if ceiling() < math.huge then promised_calls = math.max(0, promised_calls - elapsed * (ceiling() / call_ms)) end
 m = math.min(1, m + elapsed * rules.recovery_per_ms)
 
 local function add(bucket, amount)
@@ -50,8 +50,17 @@ local function promise(demand)
     if bucket then bucket.promised = math.min(bucket.promised + pair[2], pace(bucket) * rules.hint_most_ms) end
   end
   if ceiling() < math.huge then
-    promised_calls = math.min(promised_calls + 1, ceiling() / rules.call_ms * rules.hint_most_ms)
+    promised_calls = math.min(promised_calls + 1, ceiling() / call_ms * rules.hint_most_ms)
   end
+end
+
+local function top(bulk)
+  if bulk and ceiling() < math.huge then return math.max(1, math.floor(ceiling() * (1 - rules.bulk_leaves))) end
+  return ceiling()
+end
+
+local function is_congested(bulk)
+  return room > 0 and (concurrency == 0 or room < concurrency) and in_flight + 1 > top(bulk)
 end
 
 local function reserve(lease, ends, demand, bulk)
@@ -67,12 +76,11 @@ local function reserve(lease, ends, demand, bulk)
   end
   need(requests, 1)
   need(tokens, demand)
-  local top = ceiling()
-  if bulk and top < math.huge then top = math.max(1, math.floor(top * (1 - rules.bulk_leaves))) end
-  if in_flight + 1 > top then
-    alone = math.max(alone, math.ceil(rules.call_ms / ceiling()))
-    queued = math.max(queued, math.ceil((1 + promised_calls) * rules.call_ms / ceiling()))
+  if in_flight + 1 > top(bulk) then
+    alone = math.max(alone, math.ceil(call_ms / ceiling()))
+    queued = math.max(queued, math.ceil((1 + promised_calls) * call_ms / ceiling()))
   end
+  if alone > 0 and not bulk then return alone, 0 end
   if alone > 0 then
     promise(demand)
     return math.max(alone, math.min(queued, rules.hint_most_ms)), 0
@@ -119,6 +127,7 @@ local function settle(tell)
   local ends = tell.verdict == 'F' and redis.call('ZSCORE', flying, tell.lease) or 0
   if redis.call('ZREM', flying, tell.lease) == 0 then return nil end
   put_right(tell)
+  if given(tell.took_ms) then call_ms = call_ms + (math.max(1, tell.took_ms) - call_ms) * rules.call_weight end
   if tell.ease < 1 and now - eased_at >= rules.ease_every_ms then
     ease(tell.ease, redis.call('ZCARD', flying) + 1)
   elseif tell.verdict == 'S' and room > 0 and (redis.call('ZCARD', flying) + 1) * 2 >= room then
@@ -151,6 +160,7 @@ local function save()
   keep('multiplier', m)
   keep('room', room)
   keep('promised_calls', promised_calls)
+  keep('call_ms', call_ms)
   for name, bucket in pairs({requests = requests, tokens = tokens}) do
     keep(name, bucket.level)
     keep('promised_' .. name, bucket.promised)
@@ -160,6 +170,6 @@ local function save()
 end
 
 return {
-  sweep = sweep, reserve = reserve, settle = settle, survivors = survivors, reset = reset, save = save,
+  sweep = sweep, reserve = reserve, is_congested = is_congested, settle = settle, survivors = survivors, reset = reset, save = save,
   permille = function() return math.floor(m * 1000) end,
 }

@@ -45,7 +45,8 @@ class LimitRules(NamedTuple):
     least_multiplier: float = 0.1
     recovery_per_ms: float = 0.03 / 60_000
     most_room: int = 200  # an adaptive ceiling that passes it is gone
-    call_ms: int = 2_000  # a guess at how long a call takes, for who waits for one to end
+    call_ms: int = 250  # a guess at how long a call takes, until some have ended: who comes too early asks again
+    call_weight: float = 0.1  # of the newest one, in what calls take on average
     hint_most_ms: int = 600_000
     close: float = 1e-6  # of a request or token: what rounding may lack
     limits_ttl_ms: int = 86_400_000
@@ -65,6 +66,7 @@ class Settling(NamedTuple):
     ease: float = 1.0
     remaining_requests: int | None = None
     remaining_tokens: int | None = None
+    took_ms: int | None = None
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class Meter:
     eased_at: int = 0
     room: float = 0.0  # the adaptive ceiling; 0: none
     promised_calls: float = 0.0
+    call_ms: float = float(RULES.call_ms)  # on average
     flying: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -121,6 +124,7 @@ class Meter:
                 setattr(meter, name, Bucket(limit, float(fields.get(name, full)), float(fields.get(f"promised_{name}", 0))))
         meter.multiplier, meter.eased_at = float(fields.get("multiplier", 1)), int(fields.get("eased_at", 0))
         meter.room, meter.promised_calls = float(fields.get("room", 0)), float(fields.get("promised_calls", 0))
+        meter.call_ms = float(fields.get("call_ms", RULES.call_ms))
         return meter
 
     @property
@@ -135,7 +139,7 @@ class Meter:
             if bucket:
                 bucket.fill(elapsed, self.multiplier)
         if self.ceiling < math.inf:
-            self.promised_calls = max(0.0, self.promised_calls - elapsed * (self.ceiling / RULES.call_ms))
+            self.promised_calls = max(0.0, self.promised_calls - elapsed * (self.ceiling / self.call_ms))
         self.multiplier = min(1.0, self.multiplier + elapsed * RULES.recovery_per_ms)
         self.at = max(self.at, now)
         return self.at
@@ -149,7 +153,8 @@ class Meter:
         """How long to wait in ms, and the tokens reserved when that is 0. `refresh` comes first, the lease after it.
 
         Who is alone and waits exactly so long gets it (where it is only calls in flight that stand in the way, the wait
-        is a guess). Who is not alone is told a later time, at most ten minutes: what was promised before comes first.
+        is a guess). A bulk job that is not alone is told a later time, at most ten minutes: what was promised to others
+        comes first. A person is not queued behind them.
         """
         charge = tokens if self.tokens is None else min(tokens, math.floor(2 * self.tokens.burst))
         alone = queued = 0
@@ -159,16 +164,25 @@ class Meter:
             if missing > RULES.close:
                 alone = max(alone, math.ceil(missing / pace))
                 queued = max(queued, math.ceil((missing + bucket.promised) / pace))
-        top = max(1, math.floor(self.ceiling * (1 - RULES.bulk_leaves))) if bulk and self.ceiling < math.inf else self.ceiling
-        if len(self.flying) + 1 > top:
-            alone = max(alone, math.ceil(RULES.call_ms / self.ceiling))
-            queued = max(queued, math.ceil((1 + self.promised_calls) * RULES.call_ms / self.ceiling))
+        if len(self.flying) + 1 > self._top(bulk):
+            alone = max(alone, math.ceil(self.call_ms / self.ceiling))
+            queued = max(queued, math.ceil((1 + self.promised_calls) * self.call_ms / self.ceiling))
         if alone == 0:
             for bucket, demand in demands:
                 bucket.add(-(charge if bucket is self.tokens else demand))
             return 0, charge
+        if not bulk:
+            return alone, 0
         self._promise(tokens)
         return max(alone, min(queued, RULES.hint_most_ms)), 0
+
+    def is_congested(self, bulk: bool) -> bool:
+        """Whether it is the adaptive ceiling that leaves no room: the provider is in trouble, rather than used up."""
+        return 0 < self.room < (self.concurrency or math.inf) and len(self.flying) + 1 > self._top(bulk)
+
+    def _top(self, bulk: bool) -> float:
+        ceiling = self.ceiling
+        return max(1, math.floor(ceiling * (1 - RULES.bulk_leaves))) if bulk and ceiling < math.inf else ceiling
 
     def _promise(self, tokens: int) -> None:
         for bucket, demand in ((self.requests, 1), (self.tokens, tokens)):
@@ -176,13 +190,15 @@ class Meter:
                 most = bucket.pace(self.multiplier) * RULES.hint_most_ms
                 bucket.promised = min(bucket.promised + demand, most)
         if self.ceiling < math.inf:
-            self.promised_calls = min(self.promised_calls + 1, self.ceiling / RULES.call_ms * RULES.hint_most_ms)
+            self.promised_calls = min(self.promised_calls + 1, self.ceiling / self.call_ms * RULES.hint_most_ms)
 
     def settle(self, lease: str, settling: Settling) -> bool:
         """The call has ended, and what was reserved is put right; False when it had ended before, or nobody knows it."""
         if self.flying.pop(lease, None) is None:
             return False
         in_flight = len(self.flying) + 1
+        if settling.took_ms is not None:
+            self.call_ms += (max(1, settling.took_ms) - self.call_ms) * RULES.call_weight
         if self.requests:
             self.requests.add(0 if settling.sent else 1)
             if settling.remaining_requests is not None:

@@ -68,6 +68,7 @@ class Tell(NamedTuple):
     bucket: int | None = None
     first: bool = True
     cost: int = 0
+    took_ms: int | None = None
 
     @classmethod
     def of(cls, admission: Admission, ending: Ending) -> Tell:
@@ -89,6 +90,7 @@ class Tell(NamedTuple):
             bucket=None if ending.took_ms is None else histogram.bucket(ending.took_ms),
             first=admission.extra is None,
             cost=0 if ending.cost_usd is None else nano(ending.cost_usd),
+            took_ms=ending.took_ms,
         )
 
     def report(self, survivors: int) -> Report:
@@ -99,7 +101,8 @@ class Tell(NamedTuple):
     def settling(self) -> Settling:
         """What the limits hear of it."""
         good = self.verdict is Verdict.SUCCESS
-        return Settling(self.reserved, self.used, self.sent, good, self.ease, self.remaining_requests, self.remaining_tokens)
+        left = self.remaining_requests, self.remaining_tokens
+        return Settling(self.reserved, self.used, self.sent, good, self.ease, *left, self.took_ms)
 
 
 @dataclass(slots=True)
@@ -145,6 +148,8 @@ class LocalGate:
         if wait_ms:
             if look.probe:
                 self.circuit.release()
+            if why is Denial.LIMITED and self.meter.is_congested(ask.bulk):
+                why = Denial.CONGESTED
             return Answer(why, wait_ms, False, 0)
         self.meter.flying[ask.lease] = clock + ask.lease_ms
         if ask.extra:
