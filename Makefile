@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RIVALS := .venv-rivals
 UV := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null UV_NO_CONFIG=1 \
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock" --quiet
 
-.PHONY: help demo test soak controls check bench up lock clean
+.PHONY: help demo test soak controls check bench bench-resilience up lock clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 demo: $(READY) ## 240 tickets through three simulated providers, with the bill
 	@$(BIN)/backstop demo
@@ -33,15 +34,19 @@ check: $(READY) ## lint, format, types, layers
 bench: $(READY) ## throughput and latency beside a usual Celery worker
 	@$(BIN)/python -m bench.throughput
 
+bench-resilience: $(READY) $(RIVALS)/.ready ## bad weather: beside a naive client and LiteLLM; options: make bench-resilience BENCH="--short"
+	@$(BIN)/python -m bench.resilience --svg docs/resilience.svg $(BENCH)
+
 up: $(READY) ## servers, workers, API and Flower, until Ctrl-C
 	@$(BIN)/backstop up
 
 lock: $(READY) ## new lock files from pyproject.toml
 	@$(UV) --output-file requirements.lock
 	@$(UV) --all-extras --group dev --output-file requirements-dev.lock
+	@$(subst pyproject.toml,bench/requirements-rivals.in,$(UV)) --output-file bench/requirements-rivals.lock
 
 clean: ## without the environment and all data
-	@rm -rf $(VENV) .backstop .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(RIVALS) .backstop .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY): requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Backstop needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
@@ -50,3 +55,9 @@ $(READY): requirements-dev.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(READY)
+
+$(RIVALS)/.ready: bench/requirements-rivals.lock
+	@echo "Setting up $(RIVALS), for the rivals alone" >&2
+	@$(PYTHON) -m venv $(RIVALS)
+	@$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r bench/requirements-rivals.lock
+	@touch $@

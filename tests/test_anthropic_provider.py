@@ -374,11 +374,11 @@ def test_the_wait_is_what_retry_after_says_or_the_last_exhausted_limit_to_come_b
     assert (reply.signal, reply.retry_after_s) == (Signal.RATE_LIMITED, wait)
 
 
-@pytest.mark.parametrize(("status", "content"), [(200, message(text("x"))), (429, refused("rate_limit_error"))])
-def test_what_remains_of_the_limits_is_told_with_every_reply(status, content):
+@pytest.mark.parametrize(("status", "content", "wait_s"), [(200, message(text("x")), None), (429, refused("rate_limit_error"), 30)])
+def test_what_remains_of_the_limits_is_told_with_every_reply_and_a_wait_with_a_refusal(status, content, wait_s):
     headers = {"anthropic-ratelimit-requests-remaining": "7", "anthropic-ratelimit-tokens-remaining": "0"}
     reply = read(status, content, {**headers, "anthropic-ratelimit-tokens-reset": "1970-01-01T00:00:30Z"})
-    assert (reply.remaining_requests, reply.remaining_tokens, reply.retry_after_s) == (7, 0, 30)
+    assert (reply.remaining_requests, reply.remaining_tokens, reply.retry_after_s) == (7, 0, wait_s)
     assert read(status, content).remaining_requests is None
 
 

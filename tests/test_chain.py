@@ -239,9 +239,10 @@ def test_providers_without_room_park_the_job_until_the_first_of_them_has_some():
     assert walked(stage)[0] == Parked(20, new_walk=True)
 
 
-def test_one_without_room_that_names_no_wait_is_asked_again_soon_whatever_the_others_say():
-    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=3_000)], "b": [failed(Signal.SLOW_DOWN)]})
-    assert walked(stage)[0] == Parked(PARKED_S, new_walk=True)
+@pytest.mark.parametrize("wait_s", [None, 0])
+def test_one_without_room_that_names_no_wait_is_asked_again_when_its_gate_lets_it(wait_s):
+    stage = Stage({"a": [failed(Signal.RATE_LIMITED, retry_after_s=3_000)], "b": [failed(Signal.SLOW_DOWN, retry_after_s=wait_s)]})
+    assert walked(stage)[0] == Parked(POLICIES[Signal.SLOW_DOWN].block_s, new_walk=True)
 
 
 def test_one_that_failed_among_those_without_room_costs_an_attempt():
@@ -740,5 +741,5 @@ def test_but_uses_the_answer_of_one_that_came_late_and_goes_on_after_free_failur
 
 def test_a_job_that_is_somebody_elses_by_now_is_not_asked_of_anybody():
     stage = Stage({"one": [answered()], "two": [answered()]}, ours=False)
-    assert walked(stage)[0] == Parked(PARKED_S)
+    assert walked(stage)[0] == Parked(PARKED_S, ours=True)
     assert stage.said("sent") == []

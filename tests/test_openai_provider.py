@@ -79,7 +79,7 @@ REFUSALS = [
     (429, openai(QUOTA, "insufficient_quota", "insufficient_quota"), "quota_exhausted", "insufficient_quota"),
     (429, openai("Limit", "tokens", "project_spend_limit_exceeded"), "quota_exhausted", "project_spend_limit_exceeded"),
     (400, openai(TOO_LONG, code="context_length_exceeded"), "context_too_long", "context_length_exceeded"),
-    (400, openai("Unsupported value: 'temperature'", code="unsupported_value"), "context_too_long", "unsupported_value"),
+    (400, openai("Unsupported value: 'temperature'", code="unsupported_value"), "unsupported", "unsupported_value"),
     (400, openai("Your request was rejected by our safety system.", code="content_policy_violation"), "content_policy",
      "content_policy_violation"),
     (404, openai("The model `gpt-9` does not exist", code="model_not_found"), "model_not_found", "model_not_found"),

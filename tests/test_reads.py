@@ -188,15 +188,15 @@ def test_jobs_are_found_by_error_code_chain_and_when_they_ended(database_url):
         await fail(db, old, "deadline", finished_at=NOON - timedelta(hours=3))
         await fail(db, waiting, "parked", created_at=NOON - timedelta(hours=3))
 
-        async def found(**fields: Any) -> list[UUID]:
-            return [job.id for job in await reads.jobs(db, which=Selection(**fields))]
+        async def found(**fields: Any) -> set[UUID]:
+            return {job.id for job in await reads.jobs(db, which=Selection(**fields))}
 
-        assert await found() == [waiting, old, doubtful, died]
-        assert await found(code="worker_died") == [died]
-        assert await found(code="parked") == [waiting]
-        assert await found(chain="careful") == [doubtful]
-        assert await found(chain="careful", code="worker_died") == []
-        assert await found(since=NOON - timedelta(hours=1)) == [doubtful, died]
+        assert await found() == {waiting, old, doubtful, died}
+        assert await found(code="worker_died") == {died}
+        assert await found(code="parked") == {waiting}
+        assert await found(chain="careful") == {doubtful}
+        assert await found(chain="careful", code="worker_died") == set()
+        assert await found(since=NOON - timedelta(hours=1)) == {doubtful, died}
 
     run(database_url, story)
 

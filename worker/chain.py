@@ -21,7 +21,7 @@ from worker.providers.provider import Reply
 from worker.resilience.cache import AnswerCache, cacheable, key
 from worker.resilience.gate import BreakerState, Denial
 from worker.signals import Next, Signal, policy
-from worker.step import LEAST_CALL_S, Station, Step, Steps, shared_fate
+from worker.step import LEAST_CALL_S, NOT_SENT, Station, Step, Steps, shared_fate
 from worker.validation import usable
 from worker.walk import Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Reason, Refused, Walk
 
@@ -126,6 +126,8 @@ class Chain:
             return Doubtful()
         if self._steps.reach.is_lost():
             return Parked(PARKED_S, new_walk=True, ours=True)
+        if walk.remaining_s() > LEAST_CALL_S and any(reason.reason == NOT_SENT for reason in walk.reasons):
+            return Parked(PARKED_S, ours=True)
         return _unanswered(walk)
 
 
@@ -181,9 +183,8 @@ def _unanswered(walk: Walk) -> Outcome:
     asked = walk.calls or any(not policy(asked.outcome).interrupted for asked in walk.claim.asked)
     full = [reason for reason in walk.reasons if policy(reason.reason).full]
     if not asked or (full and all(reason in full or reason.reason in _SKIPPED for reason in walk.reasons)):
-        waits = [reason.retry_after_s for reason in walk.reasons if reason.retry_after_s is not None]
-        silent = any(reason.retry_after_s is None for reason in full)  # full, and did not say for how long
-        return Parked(PARKED_S if silent else min(waits, default=PARKED_S), new_walk=bool(full))
+        waits = [reason.retry_after_s or policy(reason.reason).block_s or PARKED_S for reason in walk.reasons]
+        return Parked(min(waits, default=PARKED_S), new_walk=bool(full))
     if walk.remaining_s() <= LEAST_CALL_S:
         return OutOfTime()
     if walk.reasons and all(_is_hopeless(reason) for reason in walk.reasons):

@@ -50,7 +50,7 @@ class ProviderConfig(_Section):
     api_key: str | None = None  # "env:NAME"
     model: str = Field(min_length=1)
     timeout_s: float = Field(60, gt=0, le=3600)
-    connect_timeout_s: float = Field(0.5, gt=0)
+    connect_timeout_s: float = Field(0.45, gt=0)  # a dead host may cost 500 ms, with all that is around it
     max_retries: int = Field(1, ge=0, le=5)
     context_tokens: int | None = Field(None, gt=0)  # window of the model, to find a larger one
     rpm: int | None = Field(None, gt=0)

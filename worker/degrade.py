@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from worker.config import ChainConfig
 from worker.cost import Usage
@@ -55,7 +56,10 @@ class Ladder:
         asked = any(asked.provider == provider for asked in walk.claim.asked)
         if asked or walk.remaining_s() <= LEAST_CALL_S or walk.in_doubt():
             return None
-        reply = await self._steps.take(walk, Step(station=self._stations[provider], degraded="smaller"))
+        try:
+            reply = await self._steps.take(walk, Step(station=self._stations[provider], degraded="smaller"))
+        except SQLAlchemyError:  # a call that cannot be put on the books is not made
+            return None
         return reply.answer if reply else None
 
     async def _stale(self, walk: Walk, route: ChainConfig) -> Answer | None:

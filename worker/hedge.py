@@ -43,19 +43,24 @@ async def hedged(steps: Steps, walk: Walk, route: ChainConfig, step: Step, other
 
 
 async def first_answer(rivals: Sequence[asyncio.Task[Reply | None] | Coroutine[Any, Any, Reply | None]]) -> Replies:
-    """What they said until one answered, that one last. The others are cancelled and have ended; nobody is after a failure alone."""
+    """What they said until one answered, that one last. The others are cancelled and have ended; nobody is after a failure alone.
+
+    Raises what one of them raised, when nobody answered.
+    """
     tasks = [asyncio.ensure_future(rival) for rival in rivals]
     replies: Replies = []
+    faults: list[BaseException] = []
     running = set(tasks)
     try:
-        while running:
+        while running and not any(map(_answered, replies)):
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            replies += [task.result() for task in tasks if task in done]
-            if any(_answered(reply) for reply in replies):
-                break
-        return sorted(replies, key=_answered)
+            faults += [fault for task in done if (fault := task.exception())]
+            replies += [task.result() for task in tasks if task in done and not task.exception()]
     finally:
         await _cancelled(running)
+    if faults and not any(map(_answered, replies)):
+        raise faults[0]
+    return sorted(replies, key=_answered)
 
 
 async def _answers_in_time(steps: Steps, walk: Walk, step: Step, first: asyncio.Task[Reply | None]) -> bool:
@@ -64,7 +69,7 @@ async def _answers_in_time(steps: Steps, walk: Walk, step: Step, first: asyncio.
     if delay_s is None or delay_s >= walk.remaining_s() - LEAST_CALL_S or not walk.may_have_extra(MOST_EXTRAS):
         return True
     done, _ = await asyncio.wait({first}, timeout=delay_s)
-    return bool(done)
+    return bool(done) or not walk.may_have_extra(MOST_EXTRAS)
 
 
 def _candidate(steps: Steps, walk: Walk, route: ChainConfig, slow: Station, others: Sequence[Station]) -> Station | None:
@@ -92,5 +97,4 @@ async def _cancelled(tasks: Sequence[asyncio.Task[Reply | None]] | set[asyncio.T
     """They have ended, and each is on the books: a step that is cancelled books its call."""
     for task in tasks:
         task.cancel(OVERTAKEN)
-    if tasks:
-        await asyncio.wait(tasks)
+    await asyncio.gather(*tasks, return_exceptions=True)

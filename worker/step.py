@@ -43,6 +43,8 @@ LEASE_MORE_S = 5.0  # a call is given up for lost so long after its own limit
 MOST_EXTRAS = 3  # retries and hedges in one attempt, and only in the first two attempts: six over a job's life
 USUAL_OUTPUT = 256  # tokens, reserved where the request sets no limit
 
+OVERTAKEN = "overtaken"  # error code of a call that was cancelled because another one answered first
+NOT_SENT = "not_sent"  # admitted, and then this worker or its time came to an end
 _NO_ROOM = frozenset({Denial.LIMITED, Denial.CONGESTED})
 
 Value = TypeVar("Value")
@@ -167,7 +169,7 @@ class Steps:
         if called is None:
             await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL, sent=False))
             if not again:
-                walk.reasons.append(Reason(name, "not_sent"))
+                walk.reasons.append(Reason(name, NOT_SENT))
             return None
         reply, call = called
         self.reach.heard(step.station.config.host, reply)
@@ -213,9 +215,6 @@ class Steps:
         return call.id if await _to_its_end(self._open_call.ask(call)) else None
 
 
-OVERTAKEN = "overtaken"  # error code of a call that was cancelled because another one answered first
-
-
 def _cancelled_by(stop: asyncio.CancelledError) -> str | None:
     return OVERTAKEN if stop.args == (OVERTAKEN,) else None
 
@@ -226,7 +225,7 @@ async def _to_its_end(work: Awaitable[Value]) -> Value:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait({task})
+        await asyncio.gather(task, return_exceptions=True)
         raise
 
 

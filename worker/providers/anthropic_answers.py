@@ -35,7 +35,7 @@ _FINISH_NAMES: Mapping[str, str] = {
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, *, provider: str, model: str, now: float) -> Reply:
     """What an HTTP response means. `now` is Unix time, for waits that are given as dates. Never raises."""
-    return with_headroom(_reply(status, headers, body, provider, model, now), headers, now)
+    return with_headroom(_reply(status, headers, body, provider, model, now), headers)
 
 
 def _reply(status: int, headers: Mapping[str, str], body: bytes, provider: str, model: str, now: float) -> Reply:

@@ -9,7 +9,6 @@ from datetime import datetime
 
 from worker.providers.provider import Reply
 from worker.resilience.backoff import LONGEST_WAIT_S
-from worker.signals import Signal
 
 # x-ratelimit-remaining-requests (OpenAI, Azure, Groq, xAI, LiteLLM), -req-minute (Mistral), -requests-day (Cerebras), nothing (OpenRouter,
 # Together); x-tokenlimit-remaining (Together); anthropic-ratelimit-requests-remaining.
@@ -39,23 +38,20 @@ _LATEST_SPAN_S = 1e9  # a larger number is a moment: Unix time in seconds, or in
 _LATEST_UNIX_S = 1e11
 
 
-def with_headroom(reply: Reply, headers: Mapping[str, str], now: float) -> Reply:
+def with_headroom(reply: Reply, headers: Mapping[str, str]) -> Reply:
     """The reply, knowing what is left: of several limits the least.
 
-    An answer that used up the last of a limit gets the longest wait until such a limit is reset, as `retry_after_s`. `now` is Unix time.
+    An answer that used up the last of one names no wait: most vendors' `reset` is when the limit is full again, and room comes
+    back long before.
     """
     lower = {name.lower(): value.strip() for name, value in headers.items() if "limit-" in name.lower()}
     left = list(_left(lower))
     if not left:
         return reply
-    wait_s = reply.retry_after_s
-    if reply.signal is Signal.ANSWERED and wait_s is None:
-        wait_s = reset_s(lower, now)
     return replace(
         reply,
         remaining_requests=min((count for kind, count in left if kind.startswith("req")), default=None),
         remaining_tokens=min((count for kind, count in left if kind.startswith("token")), default=None),
-        retry_after_s=wait_s,
     )
 
 

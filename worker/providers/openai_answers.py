@@ -44,7 +44,7 @@ _FINISH_NAMES: Mapping[str, str] = {
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes, *, provider: str, model: str, now: float) -> Reply:
     """What an HTTP response means. `now` is Unix time, for a Retry-After that names a date. Never raises."""
-    return with_headroom(_read(status, headers, body, provider, model, now), headers, now)
+    return with_headroom(_read(status, headers, body, provider, model, now), headers)
 
 
 def _read(status: int, headers: Mapping[str, str], body: bytes, provider: str, model: str, now: float) -> Reply:

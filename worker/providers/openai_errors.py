@@ -26,9 +26,8 @@ _CODES: Mapping[Signal, tuple[str, ...]] = {
     Signal.CONTEXT_TOO_LONG: (
         "context_length_exceeded", "exceed_context_size_error", "contextwindowexceedederror", "request_too_large",
         "string_above_max_length", "3051",
-        # As it stands this provider cannot serve the request, and another one may: on to the next, as above.
-        "unsupported_parameter", "unsupported_value",
     ),
+    Signal.UNSUPPORTED: ("unsupported_parameter", "unsupported_value"),
     Signal.CONTENT_POLICY: (
         "content_filter", "content_policy_violation", "responsibleaipolicyviolation", "moderation_blocked",
         "invalid_prompt", "data_inspection_failed", "datainspectionfailed", "prohibited_content",
@@ -75,8 +74,8 @@ _PHRASES: tuple[tuple[str, Signal], ...] = (
     ("max_new_tokens` must be <=", Signal.CONTEXT_TOO_LONG),
     ("too large for model with", Signal.CONTEXT_TOO_LONG),
     ("reduce the length of the", Signal.CONTEXT_TOO_LONG),
-    ("supports at most", Signal.CONTEXT_TOO_LONG),  # so many tokens of answer
-    ("valid range of max_tokens", Signal.CONTEXT_TOO_LONG),
+    ("supports at most", Signal.UNSUPPORTED),  # so many tokens of answer
+    ("valid range of max_tokens", Signal.UNSUPPORTED),
     ("contentpolicyviolationerror", Signal.CONTENT_POLICY),
     ("content management policy", Signal.CONTENT_POLICY),
     ("content exists risk", Signal.CONTENT_POLICY),
