@@ -59,6 +59,8 @@ class UsageOut(BaseModel):
 
 
 class ResultOut(BaseModel):
+    """`degraded` says how it falls short of a full answer, if it does. `age_s` is there where it was kept from an earlier job."""
+
     model_config = ConfigDict(from_attributes=True)
 
     content: str | None
@@ -67,6 +69,7 @@ class ResultOut(BaseModel):
     model: str
     usage: UsageOut
     degraded: str | None
+    age_s: float | None = Field(None, exclude_if=lambda value: value is None)
     tool_calls: list[dict[str, Any]] | None = Field(None, exclude_if=lambda value: value is None)
 
     @classmethod
