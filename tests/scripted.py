@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from fakeredis import FakeAsyncRedis as FakeRedis
-from worker.resilience.cache import AnswerCache
 
 from worker import step as step_module
 from worker import walk as walk_module
@@ -23,6 +22,7 @@ from worker.job import Answer, ChatRequest, Lane, new_id
 from worker.ledger import Claim
 from worker.providers.provider import Reply
 from worker.resilience import gate as gate_module
+from worker.resilience.cache import AnswerCache
 from worker.resilience.gate import Gates
 from worker.signals import Signal, Verdict
 from worker.step import Station, Steps

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 from scripted import FAILED, Stage, a_claim, answered, failed, lasting, virtual_time, virtually
-from worker.resilience.cache import key
 
 from worker.degrade import PATIENCE_S
 from worker.job import ChatRequest, Lane
+from worker.resilience.cache import key
 from worker.signals import Signal
 from worker.walk import MAX_ATTEMPTS, Answered, Exhausted, OutOfTime, Parked, Walk
 

@@ -230,3 +230,11 @@ def test_a_reset_forgets_the_congestion_and_the_promises_but_not_the_levels():
     reserve(of, NOW + 1_200, lease="b")
     of.settle("b", Settling(ease=0.5))
     assert of.multiplier == 0.5
+
+
+def test_who_waits_for_a_provider_in_trouble_is_not_told_to_wait_long_after_it_is_well():
+    of = meter()
+    for n in range(2):
+        reserve(of, NOW, lease=f"{n}")
+    of.settle("0", Settling(ease=0.5, good=False))
+    assert max(reserve(of, NOW, bulk=True) for _ in range(5_000)) == RULES.ease_every_ms

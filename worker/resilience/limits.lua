@@ -59,9 +59,9 @@ local function top(bulk)
   return ceiling()
 end
 
-local function is_congested(bulk)
-  return room > 0 and (concurrency == 0 or room < concurrency) and in_flight + 1 > top(bulk)
-end
+local function is_pinched() return room > 0 and (concurrency == 0 or room < concurrency) end
+
+local function is_congested(bulk) return is_pinched() and in_flight + 1 > top(bulk) end
 
 local function reserve(lease, ends, demand, bulk)
   local alone, queued = 0, 0
@@ -78,7 +78,8 @@ local function reserve(lease, ends, demand, bulk)
   need(tokens, demand)
   if in_flight + 1 > top(bulk) then
     alone = math.max(alone, math.ceil(call_ms / ceiling()))
-    queued = math.max(queued, math.ceil((1 + promised_calls) * call_ms / ceiling()))
+    local most = is_pinched() and rules.ease_every_ms or rules.hint_most_ms
+    queued = math.max(queued, math.min(most, math.ceil((1 + promised_calls) * call_ms / ceiling())))
   end
   if alone > 0 and not bulk then return alone, 0 end
   if alone > 0 then

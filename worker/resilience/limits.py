@@ -166,7 +166,8 @@ class Meter:
                 queued = max(queued, math.ceil((missing + bucket.promised) / pace))
         if len(self.flying) + 1 > self._top(bulk):
             alone = max(alone, math.ceil(self.call_ms / self.ceiling))
-            queued = max(queued, math.ceil((1 + self.promised_calls) * self.call_ms / self.ceiling))
+            most = RULES.ease_every_ms if self._is_pinched() else RULES.hint_most_ms  # such a ceiling grows back in no time
+            queued = max(queued, min(most, math.ceil((1 + self.promised_calls) * self.call_ms / self.ceiling)))
         if alone == 0:
             for bucket, demand in demands:
                 bucket.add(-(charge if bucket is self.tokens else demand))
@@ -178,7 +179,10 @@ class Meter:
 
     def is_congested(self, bulk: bool) -> bool:
         """Whether it is the adaptive ceiling that leaves no room: the provider is in trouble, rather than used up."""
-        return 0 < self.room < (self.concurrency or math.inf) and len(self.flying) + 1 > self._top(bulk)
+        return self._is_pinched() and len(self.flying) + 1 > self._top(bulk)
+
+    def _is_pinched(self) -> bool:
+        return 0 < self.room < (self.concurrency or math.inf)
 
     def _top(self, bulk: bool) -> float:
         ceiling = self.ceiling
