@@ -55,19 +55,20 @@ class Chain:
 
     async def _cached(self, walk: Walk, route: ChainConfig) -> Outcome:
         """A fresh answer of the cache, or a new one, which is kept; of those who want the same at once, one asks for all."""
-        name = key(walk.claim.tenant, walk.claim.chain, walk.claim.request)
-        if route.cache.fresh_s:
-            async with self._cache.alone(name, at_most_s=route.cache.fresh_s, wait_s=walk.remaining_s() / 2) as found:
-                if found is not None:
-                    return Answered(replace(found.answer, age_s=round(found.age_s, 3)))
-                return await self._kept(walk, route, name)
-        return await self._kept(walk, route, name)
+        name, wait_s = key(walk.claim.tenant, walk.claim.chain, walk.claim.request), walk.remaining_s() / 2
+        if not route.cache.fresh_s:
+            return await self._ladder.degraded(walk, route, await self._kept(walk, route, name))
+        async with self._cache.alone(name, at_most_s=route.cache.fresh_s, wait_s=wait_s) as found:
+            if found is not None:
+                return Answered(replace(found.answer, age_s=round(found.age_s, 3)))
+            outcome = await self._kept(walk, route, name)
+        return await self._ladder.degraded(walk, route, outcome)
 
     async def _kept(self, walk: Walk, route: ChainConfig, name: str) -> Outcome:
         outcome = await self._walked(walk, route)
         if isinstance(outcome, Answered):
             await self._cache.put(name, outcome.answer, keep_s=max(route.cache.fresh_s, route.cache.stale_s))
-        return await self._ladder.degraded(walk, route, outcome)
+        return outcome
 
     async def _walked(self, walk: Walk, route: ChainConfig) -> Outcome:
         try:
