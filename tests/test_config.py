@@ -200,7 +200,7 @@ def test_a_smaller_model_that_no_provider_serves_is_refused():
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"timeout_s": 0.2}, "connect_timeout_s is above timeout_s, which bounds the whole call"),
+        ({"timeout_s": 0.2, "connect_timeout_s": 0.3}, "connect_timeout_s is above timeout_s, which bounds the whole call"),
         ({"stall_timeout_s": 5}, "stall_timeout_s means nothing without stream = true"),
         ({"stream": True, "first_token_timeout_s": 90}, "first_token_timeout_s is above timeout_s, which bounds the whole call"),
     ],

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 from scripted import FAILED, Stage, a_claim, answered, failed, lasting, virtual_time, virtually
+from sqlalchemy.exc import OperationalError
 
 from worker.degrade import PATIENCE_S
 from worker.job import ChatRequest, Lane
+from worker.ledger import Asked
 from worker.resilience.cache import key
 from worker.signals import Signal
-from worker.walk import MAX_ATTEMPTS, Answered, Exhausted, OutOfTime, Parked, Walk
+from worker.walk import MAX_ATTEMPTS, Answered, Doubtful, Exhausted, OutOfTime, Parked, Walk
 
 COLD = ChatRequest([{"role": "user", "content": "hi"}], {"temperature": 0})
 WARM = ChatRequest([{"role": "user", "content": "hi"}], {"temperature": 1})
@@ -50,13 +52,42 @@ def test_the_rungs_come_in_their_order():
 def test_a_job_nobody_waits_for_is_attempted_again_and_takes_less_only_in_the_end():
     for attempts, ending in ((0, Exhausted), (MAX_ATTEMPTS - 2, Exhausted), (MAX_ATTEMPTS - 1, Answered)):
         stage = Stage({"a": [failed(FAILED)]}, route=STATIC)
-        assert isinstance(virtually(stage, lane=Lane.BULK, attempts=attempts)[0], ending)
+        assert isinstance(virtually(stage, lane=Lane.BULK, attempts=attempts, remaining_s=86_400)[0], ending)
 
 
 def test_a_person_waits_a_moment_for_a_full_answer_before_less_is_given():
     for wait_s, ending in ((PATIENCE_S, Parked), (PATIENCE_S + 1, Answered)):
         stage = Stage({"a": [failed(Signal.SLOW_DOWN, retry_after_s=wait_s)]}, route=STATIC)
         assert isinstance(virtually(stage, **PERSON)[0], ending)
+
+
+def test_a_job_whose_next_attempt_may_come_after_its_deadline_takes_less_now():
+    for remaining_s, ending in ((60, Answered), (70, Exhausted)):  # after the sixth attempt it waits up to 64 s
+        stage = Stage({"a": [failed(Signal.OVERLOADED)]}, route=STATIC)
+        assert isinstance(virtually(stage, lane=Lane.BULK, attempts=5, remaining_s=remaining_s)[0], ending)
+
+
+def test_a_rung_has_no_last_word_about_a_job_and_costs_it_no_attempt():
+    asked = (Asked(provider="s", outcome="invalid_request", answer=None),)
+    stage = Stage({"a": [answered()], "s": [answered("short")]}, route=SMALLER)
+    assert answer_of(virtually(stage, asked=asked, **PERSON)[0]).degraded is None
+
+
+def test_a_rung_that_may_have_been_billed_is_for_a_person_to_look_at_where_the_chain_says_so():
+    stage = Stage({"a": [failed(Signal.OVERLOADED)], "s": [failed(Signal.TIMED_OUT)]}, route=SMALLER | {"on_unknown": "park"})
+    assert virtually(stage, **PERSON)[0] == Doubtful()
+
+
+def test_a_rung_that_cannot_be_put_on_the_books_is_passed_over():
+    route = SMALLER | {"degrade": ["smaller", "static"], "static_text": "later"}
+    stage = Stage({"a": [failed(Signal.OVERLOADED)], "s": [answered("short")]}, route=route)
+
+    async def opening():
+        if "a" in stage.said("sent"):
+            raise OperationalError("x", {}, Exception())
+
+    stage.opening = opening
+    assert answer_of(virtually(stage, **PERSON)[0]).degraded == "static"
 
 
 def test_who_would_have_to_wait_past_the_deadline_takes_less_now():

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 from scripted import Stage, answered, failed, walked
 
-from worker.chain import PARKED_S
 from worker.providers.provider import Reply
 from worker.reach import WINDOW_S, Reach
 from worker.signals import Signal, Verdict
@@ -56,7 +55,7 @@ def test_a_machine_out_of_sockets_blames_no_provider():
 def test_a_job_of_a_machine_without_a_network_costs_no_attempt_and_opens_no_breaker():
     stage = Stage({"a": [SILENT], "b": [SILENT]}, config=APART)
     outcome, _ = walked(stage)
-    assert outcome == Parked(PARKED_S, new_walk=True, ours=True)
+    assert outcome == Parked(WINDOW_S, new_walk=True)
     assert stage.told("b") == [Verdict.NEUTRAL, Verdict.NEUTRAL]
 
 

@@ -18,6 +18,7 @@ from worker.degrade import Ladder
 from worker.hedge import hedged, race
 from worker.job import Lane
 from worker.providers.provider import Reply
+from worker.reach import WINDOW_S
 from worker.resilience.cache import AnswerCache, cacheable, key
 from worker.resilience.gate import BreakerState, Denial
 from worker.signals import Next, Signal, policy
@@ -42,7 +43,7 @@ class Chain:
 
     async def answer(self, walk: Walk, route: ChainConfig) -> Outcome:
         """The answer of this job, or how the walk ended without one; calls and reasons are left in `walk`."""
-        earlier = _earlier(walk)
+        earlier = _earlier(walk, route)
         if earlier is not None:
             return earlier
         if not usable(walk.claim.request):
@@ -89,7 +90,10 @@ class Chain:
                 continue
             step = Step(station=station, untried=len(untried))
             if route.strategy == "hedge":
-                replies = await hedged(self._steps, walk, route, step, untried)
+                fitting = [other for other in untried if _fits_window(walk, other, self._stations)]
+                left = list(fitting)
+                replies = await hedged(self._steps, walk, route, step, left)
+                untried = [other for other in untried if other not in fitting or other in left]
             else:
                 replies = [await self._steps.take(walk, step)]
             ending = _ending(replies)
@@ -98,21 +102,21 @@ class Chain:
             if replies == [None] and _waits_for_room(walk, route):
                 return Parked(walk.reasons[-1].retry_after_s or PARKED_S)
             untried = _shared_fates_last(station, replies, untried)
-        return self._without_answer(walk)
+        return self._without_answer(walk, route)
 
     async def _race(self, walk: Walk, route: ChainConfig) -> Outcome:
         stations = [station for station in self._untried(walk, route) if _window_fits(walk, station, self._stations)]
         barred = self._barred(walk)
         if barred is not None:
             return barred
-        return _ending(await race(self._steps, walk, stations)) or self._without_answer(walk)
+        return _ending(await race(self._steps, walk, stations)) or self._without_answer(walk, route)
 
     def _barred(self, walk: Walk) -> Outcome | None:
         """Why nobody may be asked any more, or None."""
-        if walk.remaining_s() <= LEAST_CALL_S:
-            return OutOfTime()
         if walk.in_doubt():
             return Doubtful()
+        if walk.remaining_s() <= LEAST_CALL_S:
+            return OutOfTime()
         if not self._steps.may_call(walk.claim):
             return Parked(PARKED_S, ours=True)
         return None
@@ -122,23 +126,24 @@ class Chain:
         walk.reasons += [Reason(name, done[name]) for name in route.providers if name in done]
         return [self._stations[name] for name in route.providers if name not in done]
 
-    def _without_answer(self, walk: Walk) -> Outcome:
+    def _without_answer(self, walk: Walk, route: ChainConfig) -> Outcome:
         if walk.in_doubt():
             return Doubtful()
-        if self._steps.reach.is_lost():
-            return Parked(PARKED_S, new_walk=True, ours=True)
+        unheard = all(reason.reason == Signal.UNREACHABLE or reason.reason in _SKIPPED for reason in walk.reasons)
+        if unheard and self._steps.reach.is_lost():
+            return Parked(WINDOW_S, new_walk=True)
         if walk.remaining_s() > LEAST_CALL_S and any(reason.reason == NOT_SENT for reason in walk.reasons):
             return Parked(PARKED_S, ours=True)
-        return _unanswered(walk)
+        return _unanswered(walk, route)
 
 
-def _earlier(walk: Walk) -> Outcome | None:
+def _earlier(walk: Walk, route: ChainConfig) -> Outcome | None:
     """What an earlier attempt of the same walk has found out already: an answer that is paid for, or that nobody may answer."""
     for asked in walk.claim.asked:
         if asked.answer is not None:
             return Answered(asked.answer)
     for asked in walk.claim.asked:
-        if _is_final(asked.outcome):
+        if _is_final(asked.outcome) and asked.provider in route.providers:  # a rung of the ladder has no last word
             walk.reasons.append(Reason(asked.provider, asked.outcome))
             return Refused(Signal(asked.outcome))
     return None
@@ -167,21 +172,26 @@ def _shared_fates_last(failed: Station, replies: Sequence[Reply | None], untried
 
 
 def _window_fits(walk: Walk, station: Station, stations: Mapping[str, Station]) -> bool:
-    """Whether a request that was too long for others may fit here; True where windows are not configured."""
+    """Whether a request that was too long for others may fit here; if not, that is this provider's reason."""
+    fits = _fits_window(walk, station, stations)
+    if not fits:
+        walk.reasons.append(Reason(station.provider.name, "window_too_small"))
+    return fits
+
+
+def _fits_window(walk: Walk, station: Station, stations: Mapping[str, Station]) -> bool:
+    """True where windows are not configured."""
     too_small = [
         stations[reason.provider].config.context_tokens
         for reason in walk.reasons
         if reason.reason == Signal.CONTEXT_TOO_LONG and reason.provider in stations
     ]
     own = station.config.context_tokens
-    if not too_small or own is None or all(other is None or own > other for other in too_small):
-        return True
-    walk.reasons.append(Reason(station.provider.name, "window_too_small"))
-    return False
+    return not too_small or own is None or all(other is None or own > other for other in too_small)
 
 
-def _unanswered(walk: Walk) -> Outcome:
-    asked = walk.calls or any(not policy(asked.outcome).interrupted for asked in walk.claim.asked)
+def _unanswered(walk: Walk, route: ChainConfig) -> Outcome:
+    asked = walk.calls or any(asked.provider in route.providers and not policy(asked.outcome).interrupted for asked in walk.claim.asked)
     full = [reason for reason in walk.reasons if policy(reason.reason).full]
     if not asked or (full and all(reason in full or reason.reason in _SKIPPED for reason in walk.reasons)):
         waits = [reason.retry_after_s or policy(reason.reason).block_s or PARKED_S for reason in walk.reasons]

@@ -63,7 +63,7 @@ class ProviderConfig(_Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> ProviderConfig:
-        if self.connect_timeout_s > self.timeout_s:
+        if "connect_timeout_s" in self.model_fields_set and self.connect_timeout_s > self.timeout_s:
             raise ValueError("connect_timeout_s is above timeout_s, which bounds the whole call")
         for name in ("first_token_timeout_s", "stall_timeout_s"):
             if name in self.model_fields_set and not self.stream:
@@ -275,7 +275,8 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     }  # fmt: skip
     if len(loc) == 1:
         return list(Config.model_fields)
-    return list((PriceConfig if "price" in loc[2:-1] else sections.get(str(loc[0]), Config)).model_fields)
+    inner = next((section for name, section in (("price", PriceConfig), ("cache", CacheConfig)) if name in loc[2:-1]), None)
+    return list((inner or sections.get(str(loc[0]), Config)).model_fields)
 
 
 def _hint(word: str, known: Mapping[str, Any] | list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The ladder: what a job gets when nobody answered it in full. Each rung is marked on the answer, and none counts as success."""
+"""The ladder: what a job gets when nobody answered it in full. Each rung is marked on the answer, and none is kept."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ from worker.cost import Usage
 from worker.job import Answer, Lane
 from worker.resilience.cache import AnswerCache, cacheable, key
 from worker.step import LEAST_CALL_S, Station, Step, Steps
-from worker.walk import MAX_ATTEMPTS, Answered, Exhausted, Outcome, OutOfTime, Parked, Walk
+from worker.walk import (
+    AGAIN_BASE_S,
+    AGAIN_CAP_S,
+    MAX_ATTEMPTS,
+    PARK_JITTER,
+    Answered,
+    Doubtful,
+    Exhausted,
+    Outcome,
+    OutOfTime,
+    Parked,
+    Walk,
+)
 
+DISPATCH_S = 1.0  # from when a job may be attempted again until it is
 PATIENCE_S = 2.0  # who waits on a job would rather have a full answer so much later than a lesser one now
 
 log = structlog.get_logger(__name__)
@@ -37,6 +50,8 @@ class Ladder:
             if answer is not None:
                 log.warning("degraded", job_id=str(walk.claim.job_id), rung=rung, reasons=[reason.to_json() for reason in walk.reasons])
                 return Answered(answer)
+        if walk.in_doubt():
+            return Doubtful()
         return _patient(outcome) if "park" in route.degrade else outcome
 
     async def _answer(self, walk: Walk, route: ChainConfig, rung: str) -> Answer | None:
@@ -75,13 +90,19 @@ def _is_time(walk: Walk, outcome: Outcome) -> bool:
     person = walk.claim.lane is Lane.INTERACTIVE
     match outcome:
         case Exhausted():
-            return person or walk.claim.attempts + 1 >= MAX_ATTEMPTS
-        case Parked(retry_after_s, ours=False):
-            return retry_after_s >= walk.remaining_s() or (person and retry_after_s > PATIENCE_S)
+            last = walk.claim.attempts + 1 >= MAX_ATTEMPTS
+            return person or last or _too_late(walk, min(AGAIN_CAP_S, AGAIN_BASE_S * 2**walk.claim.attempts))
+        case Parked(retry_after_s, ours=ours):
+            return _too_late(walk, retry_after_s * (1 + PARK_JITTER)) or (person and not ours and retry_after_s > PATIENCE_S)
         case OutOfTime():
             return True
         case _:
             return False
+
+
+def _too_late(walk: Walk, wait_s: float) -> bool:
+    """Whether the next attempt may come after the deadline."""
+    return wait_s + DISPATCH_S >= walk.remaining_s()
 
 
 def _patient(outcome: Outcome) -> Outcome:

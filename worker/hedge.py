@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -35,7 +35,7 @@ async def hedged(steps: Steps, walk: Walk, route: ChainConfig, step: Step, other
         if hedge is None or not await steps.gates.may_hedge(step.station.provider.name, cost_usd=estimated_cost(walk, hedge)):
             return [await first]
     except BaseException:
-        await _cancelled([first])
+        await _ended([first])
         raise
     others.remove(hedge)
     walk.extras += 1
@@ -57,7 +57,7 @@ async def first_answer(rivals: Sequence[asyncio.Task[Reply | None] | Coroutine[A
             faults += [fault for task in done if (fault := task.exception())]
             replies += [task.result() for task in tasks if task in done and not task.exception()]
     finally:
-        await _cancelled(running)
+        await _ended(running, OVERTAKEN if any(map(_answered, replies)) else None)
     if faults and not any(map(_answered, replies)):
         raise faults[0]
     return sorted(replies, key=_answered)
@@ -93,8 +93,8 @@ def _answered(reply: Reply | None) -> bool:
     return reply is not None and reply.signal is Signal.ANSWERED
 
 
-async def _cancelled(tasks: Sequence[asyncio.Task[Reply | None]] | set[asyncio.Task[Reply | None]]) -> None:
-    """They have ended, and each is on the books: a step that is cancelled books its call."""
+async def _ended(tasks: Collection[asyncio.Task[Reply | None]], why: str | None = None) -> None:
+    """They are cancelled, and each is on the books: a step that is cancelled books its call."""
     for task in tasks:
-        task.cancel(OVERTAKEN)
+        task.cancel(why)
     await asyncio.gather(*tasks, return_exceptions=True)

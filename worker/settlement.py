@@ -10,11 +10,20 @@ from typing import Any, assert_never
 from worker.job import JobState
 from worker.ledger import Settlement
 from worker.resilience.backoff import delay_s
-from worker.walk import MAX_ATTEMPTS, Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
-
-AGAIN_BASE_S = 2.0
-AGAIN_CAP_S = 300.0
-PARK_JITTER = 0.2  # parked jobs come back spread over so much more than the wait, never sooner
+from worker.walk import (
+    AGAIN_BASE_S,
+    AGAIN_CAP_S,
+    MAX_ATTEMPTS,
+    PARK_JITTER,
+    Answered,
+    Doubtful,
+    Exhausted,
+    Outcome,
+    OutOfTime,
+    Parked,
+    Refused,
+    Walk,
+)
 
 
 @dataclass(frozen=True, slots=True)

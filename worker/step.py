@@ -16,7 +16,6 @@ from typing import TypeVar
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from worker.calls import Call, NewCall, Stopwatch
 from worker.config import ProviderConfig
@@ -157,14 +156,13 @@ class Steps:
 
     async def _once(self, walk: Walk, step: Step, admission: Admission, *, again: bool = False) -> Reply | None:
         """One call under its admission, reported to the gate however it ends; None when it was not sent."""
-        name = step.station.provider.name
+        name, call_id = step.station.provider.name, None
         try:
-            called = await self._call(walk, step)
-        except SQLAlchemyError:  # it cannot be put on the books, so it is not made
-            await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL, sent=False))
-            raise
+            call_id = await self._opened(walk, step.station.provider)
+            called = await self._call(walk, step, call_id) if call_id else None
         except BaseException:
-            await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL))
+            left = call_id is not None and call_id not in walk.unsent
+            await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL, sent=left))
             raise
         if called is None:
             await self.gates.report(name, admission, Ending(verdict=Verdict.NEUTRAL, sent=False))
@@ -176,11 +174,10 @@ class Steps:
         await self.gates.report(name, admission, _ending(reply, call, ours=self.reach.is_ours(reply)))
         return reply
 
-    async def _call(self, walk: Walk, step: Step) -> tuple[Reply, Call] | None:
-        """One request and its reply, booked; None when it may not be sent any more once it stands on the books."""
+    async def _call(self, walk: Walk, step: Step, call_id: UUID) -> tuple[Reply, Call] | None:
+        """One request and its reply, booked; None when it may not be sent any more although it stands on the books."""
         station, provider = step.station, step.station.provider
-        call_id = await self._opened(walk, provider)
-        if call_id is None or walk.remaining_s() <= LEAST_CALL_S or not self.may_call(walk.claim):
+        if walk.remaining_s() <= LEAST_CALL_S or not self.may_call(walk.claim):
             return None
         timeout_s = _timeout_s(walk, step)
         walk.unsent.remove(call_id)
@@ -231,7 +228,7 @@ async def _to_its_end(work: Awaitable[Value]) -> Value:
 
 def _judged(walk: Walk, step: Step, reply: Reply, timeout_s: float) -> Reply:
     """What the reply means for this job: cut short by us, not in the shape asked for, or the answer, marked as degraded."""
-    if reply.signal is Signal.TIMED_OUT and reply.error_code is None and timeout_s < step.station.config.timeout_s:
+    if reply.signal is Signal.TIMED_OUT and reply.error_code is None and timeout_s < min(step.station.config.timeout_s, step.most_s):
         return replace(reply, signal=Signal.OUT_OF_TIME)
     if reply.answer is None:
         return reply

@@ -13,6 +13,9 @@ from worker.ledger import Claim
 from worker.signals import POLICIES, Billing, Signal
 
 MAX_ATTEMPTS = 10  # ended without an answer so often, a job is given up
+AGAIN_BASE_S = 2.0
+AGAIN_CAP_S = 300.0
+PARK_JITTER = 0.2  # parked jobs come back spread over so much more than the wait, never sooner
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""Guards around providers, shared by every worker: `backoff` (when to ask again), `breaker` (whom not to ask now)."""
+"""Guards around providers, shared by every worker: `gate` (breaker, limits and budget of each), `cache`, `backoff`."""

@@ -103,9 +103,10 @@ class AnswerCache:
         when the first got nothing to keep, or the last of them would wait for all.
         """
         found, leads, token = await self.get(name, at_most_s=at_most_s), False, uuid4().hex
-        if found is None:
-            found, leads = await self._awaited(name, token, at_most_s, min(wait_s, LEASE_S))
         try:
+            if found is None:
+                leads = True  # cancelled meanwhile, nobody knows
+                found, leads = await self._awaited(name, token, at_most_s, min(wait_s, LEASE_S))
             yield found
         finally:
             if leads:
