@@ -1,21 +1,15 @@
 """The chain with the real gates, asked of scripted providers; time is virtual where it matters."""
 
 import asyncio
-import itertools
-import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from redis.asyncio import Redis
 from scripted import (
     CALL_USD,
     FAILED,
     USAGE,
-    Act,
     Overheard,
     Stage,
     a_claim,
@@ -37,7 +31,7 @@ from worker.ledger import Asked, Claim
 from worker.providers.provider import Reply
 from worker.resilience.circuit import RULES
 from worker.resilience.gate import Ending, Gates, Limits
-from worker.signals import POLICIES, Billing, Next, Signal, Verdict
+from worker.signals import POLICIES, Billing, Signal, Verdict
 from worker.step import FAILOVER_S, LEAST_CALL_S, MOST_EXTRAS, RETRY_CAP_S
 from worker.walk import Answered, Doubtful, Exhausted, Outcome, OutOfTime, Parked, Refused, Walk
 
@@ -582,131 +576,6 @@ def test_an_earlier_attempt_with_all_others_denied_is_exhausted_not_parked(redis
         assert await stage.run(walk) == Exhausted()
 
     with_redis(redis_url, main)
-
-
-# --- any script at all ---
-
-CALL_ENDS = sorted(set(Signal) - {Signal.OUT_OF_TIME, Signal.CANCELLED, Signal.ORPHANED, Signal.UNFIT, Signal.TIMED_OUT})
-
-
-@dataclass
-class Part:
-    """What one provider does when it is asked: (signal, seconds, Retry-After), in order, the last one for ever."""
-
-    replies: list[tuple[Signal, float, float | None]]
-    max_retries: int
-    timeout_s: float
-    denied: bool
-
-    def steps(self) -> list[Act]:
-        return [
-            lasting(seconds, answered() if signal is Signal.ANSWERED else Reply(signal=signal, retry_after_s=wait_s, usage=USAGE))
-            for signal, seconds, wait_s in self.replies
-        ]
-
-
-parts = st.builds(
-    Part,
-    replies=st.lists(
-        st.tuples(
-            st.sampled_from(CALL_ENDS),
-            st.sampled_from([0, 0, 0.01, 0.3, 2, 30, 200]),
-            st.sampled_from([None, None, 0, 0.2, 5, 900]),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    max_retries=st.integers(0, 3),
-    timeout_s=st.sampled_from([1, 10, 60]),
-    denied=st.booleans(),
-)
-
-
-@settings(max_examples=250)
-@given(st.lists(parts, min_size=1, max_size=4), st.sampled_from([0.04, 0.5, 3, 20, 100, 5000]), st.integers(0, 2**32))
-def test_no_script_of_faults_breaks_the_rules(script, remaining_s, seed):
-    stage = Stage(
-        {f"p{i}": part.steps() for i, part in enumerate(script)},
-        config={f"p{i}": {"max_retries": part.max_retries, "timeout_s": part.timeout_s} for i, part in enumerate(script)},
-        rng=random.Random(seed).random,
-    )
-    with virtual_time() as runner:
-
-        async def main() -> tuple[Outcome, Walk]:
-            for i, part in enumerate(script):
-                if part.denied:
-                    admission = await stage.gates.admit(f"p{i}", lease_s=1)
-                    await stage.gates.report(f"p{i}", admission, Ending(verdict=Verdict.NEUTRAL, isolate_s=86_400))
-            stage.diary.clear()
-            walk = Walk(a_claim(remaining_s=remaining_s))
-            return await stage.run(walk), walk
-
-        outcome, walk = runner.run(main())
-    check_calls(stage, walk, script)
-    check_retries(stage, walk, script)
-    check_ending(stage, walk, outcome, script)
-
-
-def check_calls(stage: Stage, walk: Walk, script: list[Part]) -> None:
-    sent = [entry for entry in stage.diary if entry[0] == "sent"]
-    for i, part in enumerate(script):
-        assert stage.said("sent").count(f"p{i}") <= (0 if part.denied else 1 + part.max_retries)  # X1, B9
-        assert len(stage.told(f"p{i}")) == stage.said("opened").count(f"p{i}")
-    assert len(stage.said("sent")) <= len(script) + MOST_EXTRAS
-    assert stage.said("sent") == sorted(stage.said("sent"))  # X6
-    for _, _, call_id, at_s, timeout_s in sent:
-        assert at_s <= walk.ends_at_s - LEAST_CALL_S + 1e-6  # X2
-        assert at_s + timeout_s <= walk.ends_at_s + 1e-6
-        rows = [entry[0] for entry in stage.diary if entry[2] == call_id]
-        assert rows == ["opened", "sent"]
-    assert [str(call.id) for call in walk.calls] == [entry[2] for entry in sent]  # X13
-    for call in walk.calls:
-        assert call.cost_usd == (None if call.signal in (Signal.TIMED_OUT, Signal.OUT_OF_TIME) else CALL_USD)
-
-
-def check_retries(stage: Stage, walk: Walk, script: list[Part]) -> None:
-    sent = [entry for entry in stage.diary if entry[0] == "sent"]
-    for (before, after), (one, two) in zip(pairs(walk.calls), pairs(sent), strict=True):
-        if before.provider == after.provider:
-            part = script[int(before.provider[1:])]
-            number = [c.id for c in walk.calls if c.provider == before.provider].index(before.id)
-            signal, seconds, wait_s = part.replies[min(number, len(part.replies) - 1)]
-            assert POLICIES[before.signal].retry  # X3
-            assert before.signal is signal
-            assert two[3] - one[3] >= seconds + (wait_s or 0) - 1e-6  # X4
-
-
-def check_ending(stage: Stage, walk: Walk, outcome: Outcome, script: list[Part]) -> None:
-    why = dict(reasons(walk))
-    asked = stage.said("sent")
-    match outcome:
-        case Answered():
-            assert walk.calls[-1].signal is Signal.ANSWERED
-            assert set(why) == {f"p{i}" for i in range(int(asked[-1][1:]))}  # X6
-        case Refused(signal):
-            assert POLICIES[signal].next is not Next.ONWARD or POLICIES[signal].hopeless
-        case Exhausted() | Parked():
-            assert set(why) == {f"p{i}" for i in range(len(script))}
-            last = {call.provider: call.signal for call in walk.calls}  # a retry may have said something else
-            full = set(last.values()) <= {Signal.RATE_LIMITED, Signal.SLOW_DOWN}
-            assert isinstance(outcome, Parked) == full  # X14
-        case OutOfTime():
-            assert walk.remaining_s() <= LEAST_CALL_S or asked == [] or walk.calls[-1].signal is Signal.OUT_OF_TIME
-    ready = [p for p in script if not p.denied]
-    instant = all(seconds == 0 and not wait for p in ready for _, seconds, wait in p.replies)
-    ends = [p.replies[0][0] for p in ready]
-    may_end = {Signal.INVALID_REQUEST, Signal.CONTENT_POLICY, Signal.CONTEXT_TOO_LONG}
-    if (
-        instant
-        and walk.claim.remaining_s >= 3
-        and Signal.ANSWERED in ends
-        and not any(signal in may_end for p in ready for signal, _, _ in p.replies)
-    ):
-        assert isinstance(outcome, Answered)  # X5
-
-
-def pairs(items: list[Any]) -> list[tuple[Any, Any]]:
-    return list(itertools.pairwise(items))
 
 
 # --- calls that may have been billed without an answer ---
