@@ -76,7 +76,7 @@ def _played(plan: Plan, strategies: Sequence[str], python: Path, place: Path) ->
             BACKSTOP_LOG_FORMAT="json",
         )
         names = [*RIVALS, *strategies]
-        _say(f"{len(plan.played)} worlds, {len(plan.jobs()):,} jobs for each of {', '.join(names)}; {plan.length_s / 60:.0f} minutes")
+        _say(f"{len(plan.played)} worlds, {len(plan.jobs(0)):,} jobs for each of {', '.join(names)}; {plan.length_s / 60:.0f} minutes")
         with resilience_stage.simulators(names, plan, place, os.environ) as urls:
             ours = {name: resilience_stage.base_urls(plan, urls[name], dead_url) for name in strategies}
             (place / "backstop.toml").write_text(resilience_fleet.configuration(ours))
@@ -98,7 +98,9 @@ async def _play(plan: Plan, strategies: Sequence[str], urls: dict[str, str], riv
         if time.time() > began - WARM_UP_S:
             raise RuntimeError("this machine is too busy: the weather was not told in time")
         telling = asyncio.create_task(_tell(plan, began))
-        await asyncio.gather(*(resilience_fleet.play(open_, plan, strategy, began) for strategy in strategies))
+        await asyncio.gather(
+            *(resilience_fleet.play(open_, plan, turn, strategy, began) for turn, strategy in enumerate(strategies, len(rivals)))
+        )
         jobs = {name: await rival.ended(60) for name, rival in rivals.items()}
         telling.cancel()
         cpu_s = {name: rival.cpu_s() for name, rival in rivals.items()} | {"backstop": sum(map(processes.cpu_s, pids))}

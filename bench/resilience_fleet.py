@@ -56,10 +56,10 @@ async def until_live(open_: Connections, pids: Sequence[int]) -> None:
             await asyncio.sleep(0.1)
 
 
-async def play(open_: Connections, plan: Plan, strategy: str, began: float) -> None:
+async def play(open_: Connections, plan: Plan, turn: int, strategy: str, began: float) -> None:
     """Every job was submitted at its moment, and has ended."""
     async with asyncio.TaskGroup() as submissions:
-        for job in plan.jobs():
+        for job in plan.jobs(turn):
             await asyncio.sleep(max(0.0, began + job["at_s"] - time.time()))
             request = ChatRequest([{"role": "user", "content": job["prompt"]}])
             labels = {"n": job["n"], "due": began + job["at_s"]}

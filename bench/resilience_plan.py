@@ -13,7 +13,10 @@ WARM_UP = "warm-up"  # its jobs count for nothing
 WARM_UP_S = 12.0  # so long before second 0
 FAILOVER, DEAD, DARK = "failover", "dead-host", "full-outage"
 SCENE_S = 20.0
+ALONE_S = 12.0  # of each contestant with its first two scenes: side by side they would measure how busy the machine is
+TURNS = 6  # so many contestants at most
 _CALM_S = 2.0  # between the last job of the worlds and the scenes
+_TURN_S = ALONE_S + _CALM_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +58,19 @@ def worlds(size: Size, first_seed: int = 0) -> list[World]:
 
 
 def scenes(size: Size) -> list[World]:
-    """After the worlds: the first provider drops three calls in ten, or its host is dead; then nobody is well."""
+    """After the worlds: the first provider drops three calls in ten, or its host is dead; then nobody is well.
+
+    The first two as they are in the first turn.
+    """
     from_s = size.length_s + _CALM_S
-    dark_s = from_s + SCENE_S + _CALM_S
+    dark_s = from_s + TURNS * _TURN_S
     to_s = dark_s + SCENE_S
     dropping = Episode("alpha", FAILOVER, 0, to_s + 60, {"kind": "reset", "rate": 0.3})
     dark = [Episode(provider, DARK, 0, to_s + 60, {"kind": "status", "status": 500}) for provider in PROVIDERS]
     at_once = {"ms": 0}
     return [
-        World(FAILOVER, 1, [dropping], _from(from_s, arrivals(1, SCENE_S, 12)), at_once),
-        World(DEAD, 2, [], _from(from_s, arrivals(2, SCENE_S, 1)), at_once),
+        World(FAILOVER, 1, [dropping], _from(from_s, arrivals(1, ALONE_S, 30)), at_once),
+        World(DEAD, 2, [], _from(from_s, arrivals(2, ALONE_S, 1)), at_once),
         World(DARK, 3, dark, _from(dark_s, arrivals(3, SCENE_S, 20)), at_once),
     ]
 
@@ -89,15 +95,22 @@ class Plan:
     @property
     def length_s(self) -> float:
         """From the beginning to the deadline of the last job."""
-        return self.size.length_s + 2 * (_CALM_S + SCENE_S) + DEADLINE_S
+        return self.size.length_s + _CALM_S + TURNS * _TURN_S + SCENE_S + DEADLINE_S
 
     def world(self, name: str) -> World:
         return next(one for one in self.played if one.name == name)
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """In the order of their arrival; every prompt is told from every other."""
+    def jobs(self, turn: int) -> list[dict[str, Any]]:
+        """Of the contestant whose turn it is as the one after `turn` others, in the order of their arrival; every prompt is told
+        from every other."""
+        later_s = {FAILOVER: turn * _TURN_S, DEAD: turn * _TURN_S}
         made = [
-            {"world": world.name, "n": n, "at_s": at_s, "prompt": f"{world.name} ticket {n}: the laptop does not find the network"}
+            {
+                "world": world.name,
+                "n": n,
+                "at_s": at_s + later_s.get(world.name, 0),
+                "prompt": f"{world.name} ticket {n}: the laptop does not find the network",
+            }
             for world in self.played
             for n, at_s in enumerate(world.arrivals)
         ]

@@ -116,12 +116,11 @@ class Rival:
 @contextmanager
 def rivals(python: Path, plan: Plan, urls: Mapping[str, str], dead_url: str, place: Path) -> Iterator[dict[str, Rival]]:
     """One for each of these simulators, warmed up and waiting for the beginning."""
-    jobs = plan.jobs()
     with ExitStack() as stack:
         made = {}
-        for name, url in urls.items():
+        for turn, (name, url) in enumerate(urls.items()):
             file = place / f"plan-{name}.json"
-            body = {"deadline_s": DEADLINE_S, "worlds": base_urls(plan, url, dead_url), "jobs": jobs}
+            body = {"deadline_s": DEADLINE_S, "worlds": base_urls(plan, url, dead_url), "jobs": plan.jobs(turn)}
             file.write_text(json.dumps(body))
             made[name] = Rival(python, name, file, place / f"ended-{name}.json", place / f"rival-{name}.log")
             stack.callback(made[name].end)

@@ -180,13 +180,14 @@ async def counters_are_exact(db: AsyncEngine) -> None:
     """Every batch's counters are the counts of its jobs, and it is finished exactly when it is complete and all have ended."""
     sql = """
     SELECT b.*, count(j.id) AS n_total,
-        count(*) FILTER (WHERE j.state = 'succeeded') AS n_succeeded, count(*) FILTER (WHERE j.state = 'failed') AS n_failed,
+        count(*) FILTER (WHERE j.state = 'succeeded') AS n_succeeded, count(r.answer ->> 'degraded') AS n_degraded,
+        count(*) FILTER (WHERE j.state = 'failed') AS n_failed,
         count(*) FILTER (WHERE j.state = 'cancelled') AS n_cancelled, count(*) FILTER (WHERE j.state = 'expired') AS n_expired
-    FROM batches b LEFT JOIN jobs j ON j.batch_id = b.id GROUP BY b.id
+    FROM batches b LEFT JOIN jobs j ON j.batch_id = b.id LEFT JOIN results r ON r.job_id = j.id GROUP BY b.id
     """
     for row in await rows(db, sql):
-        counted = (row.total, row.succeeded, row.failed, row.cancelled, row.expired)
-        assert counted == (row.n_total, row.n_succeeded, row.n_failed, row.n_cancelled, row.n_expired), row.name
-        over = sum(counted[1:]) == row.total
+        counted = (row.total, row.succeeded, row.degraded, row.failed, row.cancelled, row.expired)
+        assert counted == (row.n_total, row.n_succeeded, row.n_degraded, row.n_failed, row.n_cancelled, row.n_expired), row.name
+        over = sum(counted[1:]) - row.degraded == row.total
         assert (row.state == "finished") == (over and row.state != "loading"), row.name
         assert (row.finished_at is not None) == (row.state == "finished"), row.name

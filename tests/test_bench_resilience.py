@@ -10,7 +10,7 @@ import pytest
 from bench import faultmodel, resilience_figures, resilience_fleet, resilience_plan, resilience_stage, rivals
 from bench.faultmodel import BROWN_OUT, OUTAGE, PROVIDERS, STORM, Episode, arrivals, dark_share, weather
 from bench.resilience_figures import Tally, lower_bound, mixed, tallies
-from bench.resilience_plan import DARK, DEAD, DEADLINE_S, SHORT, Plan
+from bench.resilience_plan import DARK, DEAD, DEADLINE_S, FAILOVER, SHORT, Plan
 from worker import config
 from worker.simulator import script
 
@@ -111,10 +111,20 @@ def test_the_simulator_and_the_configuration_take_what_the_plan_writes(tmp_path)
 
 def test_the_scenes_come_after_the_worlds_and_end_before_the_run_does():
     plan = Plan.of(SHORT)
-    for world in resilience_plan.scenes(SHORT):
-        assert SHORT.length_s < world.arrivals[0] < world.arrivals[-1] + DEADLINE_S < plan.length_s + 1e-6
-    assert plan.jobs() == sorted(plan.jobs(), key=lambda job: job["at_s"])
-    assert len({job["prompt"] for job in plan.jobs()}) == len(plan.jobs())
+    for jobs in map(plan.jobs, range(resilience_plan.TURNS)):
+        assert jobs == sorted(jobs, key=lambda job: job["at_s"])
+        assert len({job["prompt"] for job in jobs}) == len(jobs)
+        scenes = [job["at_s"] for job in jobs if job["world"] in (FAILOVER, DEAD, DARK)]
+        assert SHORT.length_s < min(scenes) < max(scenes) + DEADLINE_S < plan.length_s + 1e-6
+
+
+def test_each_contestant_has_the_scenes_that_measure_time_to_itself():
+    plan, taken = Plan.of(SHORT), []
+    for turn in range(resilience_plan.TURNS):
+        moments = [job["at_s"] for job in plan.jobs(turn) if job["world"] in (FAILOVER, DEAD)]
+        taken.append((min(moments), max(moments)))
+    dark_s = min(job["at_s"] for job in plan.jobs(0) if job["world"] == DARK)
+    assert all(before[1] < after[0] for before, after in zip(taken, [*taken[1:], (dark_s, dark_s)], strict=True))
 
 
 def test_a_good_answer_is_a_full_one_in_time():

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import redis
 
-from worker.embedded import home, launch, servers
+from worker.embedded import home, launch, minder, servers
 from worker.embedded.postgres import Postgres
 from worker.embedded.servers import running
 from worker.embedded.valkey import Valkey
@@ -190,6 +190,18 @@ def test_a_minder_gives_up_on_a_server_that_keeps_dying(tmp_path):
             assert eventually(lambda pid=pid: not alive(pid))
         assert is_free(tmp_path / "valkey" / "minder.lock")
         assert "keeps dying" in (tmp_path / "valkey" / "log").read_text()
+
+
+def test_a_minder_that_is_told_to_stop_ends_what_it_is_doing_first():
+    """An exception in the middle of `Popen.poll` would keep that one's lock: nobody could wait for the server any more."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        told = minder.heard_sigterm()
+        assert not told()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_second_process_uses_the_same_servers_and_leaves_them_running(tmp_path):

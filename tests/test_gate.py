@@ -281,6 +281,28 @@ def test_a_retry_after_shuts_the_provider_to_all_without_a_failure(redis_url, pa
     asyncio.run(story())
 
 
+def test_a_wait_that_nobody_named_doubles_until_a_call_is_answered():
+    circuit, now, waits = Circuit(generation=1), 0, []
+    refused = Report(1, "", X, block_ms=1_000, named=False)
+    for _ in range(8):
+        circuit.report(now, refused, 0)
+        circuit.report(now, refused, 0)  # in flight with the first one
+        waits.append(circuit.blocked - now)
+        now = circuit.blocked
+    assert waits == [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000]
+    circuit.report(now, Report(1, "", S), 0)
+    circuit.report(now, refused, 0)
+    assert circuit.blocked - now == 1_000
+
+
+def test_half_as_many_time_outs_as_other_failures_open_the_breaker():
+    circuit = Circuit(generation=1)
+    for _ in range(TRIP // 2):
+        assert circuit.state is BreakerState.CLOSED
+        circuit.report(0, Report(1, "", F, slow=True), 0)
+    assert circuit.state is BreakerState.OPEN
+
+
 @pytest.mark.parametrize(("block_s", "most_s"), [(1e9, 3600), (float("inf"), 3600), (-5, 0), (float("nan"), 0)])
 def test_a_senseless_retry_after_is_at_most_an_hour_and_at_least_nothing(redis_url, patient, block_s, most_s):
     async def story():

@@ -31,6 +31,7 @@ from stage import (
     until,
 )
 
+from worker import reads
 from worker.calls import NewCall, open_calls
 from worker.database import jsonb, run
 from worker.intervene import cancel, requeue
@@ -322,6 +323,21 @@ def test_eight_connections_settling_three_batches_at_random_leave_exact_counters
         await asyncio.gather(*(connection(groups[n::8]) for n in range(8)))
         await counters_are_exact(db)
         assert [(await batch(db, one.id)).state for one, _ in opened] == ["finished"] * 3
+
+    play(database_url, story)
+
+
+def test_a_degraded_answer_is_counted_as_one(database_url):
+    async def story(db):
+        opened, ids = await a_batch(db, 3)
+        full, lesser, failed = await take(db, ids)
+        settled = answered(lesser)
+        lesser_answer = replace(settled.answer, degraded="static")
+        await settle(db, [answered(full), replace(settled, answer=lesser_answer), ending(failed, FAILED)])
+        stored = await batch(db, opened.id)
+        assert (stored.succeeded, stored.degraded, stored.failed, stored.state) == (2, 1, 1, "finished")
+        await counters_are_exact(db)
+        assert (await reads.batch(db, opened.id)).lacking == 2
 
     play(database_url, story)
 

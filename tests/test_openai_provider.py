@@ -1,8 +1,10 @@
 """The OpenAI-compatible dialect: what bodies mean (pure), and what happens on the wire (real sockets)."""
 
 import asyncio
+import errno
 import gzip
 import json
+import os
 import re
 import socket
 import struct
@@ -17,8 +19,9 @@ from worker.config import ProviderConfig
 from worker.cost import Usage, estimated_tokens
 from worker.errors import UsageError
 from worker.job import ChatRequest
+from worker.providers.exchange import MOST_BODY_BYTES
 from worker.providers.http import client
-from worker.providers.openai import MOST_BODY_BYTES, OpenAICompatible
+from worker.providers.openai import OpenAICompatible
 from worker.providers.openai_answers import read_reply, usage_of
 from worker.signals import POLICIES, Next, Signal
 
@@ -573,6 +576,26 @@ def test_a_closed_port_was_never_sent_to():
 
     reply = asyncio.run(run())
     assert (reply.signal, reply.error_code) == (Signal.UNREACHABLE, "refused")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EMFILE, "out_of_sockets"), (errno.EADDRNOTAVAIL, "out_of_sockets"), (errno.ENETUNREACH, "no_route"),
+        (errno.EHOSTUNREACH, "no_route"), (errno.ECONNREFUSED, "refused"),
+    ],
+)  # fmt: skip
+def test_what_this_machine_lacks_is_told_from_what_a_host_refuses(monkeypatch, number, code):
+    async def run():
+        async with client() as http_client:
+            return await provider("http://127.0.0.1:9/v1", http_client).complete(ASK, timeout_s=5, call_id="c")
+
+    def connect(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    reply = asyncio.run(run())
+    assert (reply.signal, reply.error_code) == (Signal.UNREACHABLE, code)
 
 
 def test_a_connect_that_hangs_is_unreachable_after_the_connect_limit():

@@ -250,6 +250,7 @@ def test_calls_that_nobody_can_close_any_more_are_booked_as_orphaned_and_of_unkn
     "hand",
     [
         "UPDATE batches SET succeeded = succeeded + 1",
+        "UPDATE batches SET degraded = degraded + 1",
         "UPDATE batches SET total = total + 5, state = 'open', finished_at = NULL",
         "UPDATE batches SET failed = 0",
         "UPDATE batches SET state = 'open', finished_at = NULL",

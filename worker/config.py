@@ -84,7 +84,8 @@ class ProviderConfig(_Section):
         if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError("expected an http:// or https:// URL")
         if url.username or url.query or url.fragment:
-            raise ValueError("expected a URL without user, query and fragment; keys go into api_key")
+            azure = "; Azure needs no api-version where base_url ends in /openai/v1" if "api-version" in url.query else ""
+            raise ValueError(f"expected a URL without user, query and fragment; keys go into api_key{azure}")
         return value.rstrip("/")
 
     @field_validator("api_key")

@@ -29,7 +29,8 @@ WITH target AS (
         cancel_requested = true,
         state = CASE WHEN j.state = 'queued' THEN 'cancelled' ELSE j.state END,
         finished_at = CASE WHEN j.state = 'queued' THEN now() END
-    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, CASE WHEN j.state = 'running' THEN 'queued' ELSE j.state END AS state
+    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, CASE WHEN j.state = 'running' THEN 'queued' ELSE j.state END AS state,
+        false AS degraded
 ), {COUNTED}
 SELECT count(*) FILTER (WHERE state = 'cancelled') AS cancelled, count(*) FILTER (WHERE state = 'queued') AS flagged FROM moved
 """)

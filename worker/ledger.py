@@ -73,11 +73,11 @@ class Settlement:
     unsent: tuple[UUID, ...] = ()
 
 
-# Shared tail of all statements whose CTE `moved(batch_id, state)` ends jobs.
+# Shared tail of all statements whose CTE `moved(batch_id, state, degraded)` ends jobs.
 COUNTED = """
 counted AS (
     UPDATE batches b SET
-        succeeded = b.succeeded + n.succeeded, failed = b.failed + n.failed,
+        succeeded = b.succeeded + n.succeeded, degraded = b.degraded + n.degraded, failed = b.failed + n.failed,
         cancelled = b.cancelled + n.cancelled, expired = b.expired + n.expired,
         state = CASE WHEN n.closes THEN 'finished' ELSE b.state END,
         finished_at = CASE WHEN n.closes THEN now() ELSE b.finished_at END
@@ -86,7 +86,8 @@ counted AS (
             o.succeeded + o.failed + o.cancelled + o.expired + m.ended >= o.total AS closes
         FROM (
             SELECT batch_id, count(*) FILTER (WHERE state <> 'queued') AS ended,
-                count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE state = 'failed') AS failed,
+                count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE degraded) AS degraded,
+                count(*) FILTER (WHERE state = 'failed') AS failed,
                 count(*) FILTER (WHERE state = 'cancelled') AS cancelled, count(*) FILTER (WHERE state = 'expired') AS expired
             FROM moved WHERE batch_id IS NOT NULL GROUP BY batch_id
         ) m JOIN batches o ON o.id = m.batch_id WHERE m.ended > 0 ORDER BY o.id FOR NO KEY UPDATE OF o
@@ -214,7 +215,7 @@ WITH ending AS (
         walk_fence = CASE WHEN e.new_walk THEN j.fence + 1 ELSE j.walk_fence END,
         attempts = j.attempts + e.counted, error = e.error, worker_id = NULL, dispatched_at = NULL
     FROM held h JOIN ending e ON e.id = h.id AND e.fence = h.fence WHERE j.id = h.id
-    RETURNING j.id, j.fence, j.state, j.batch_id
+    RETURNING j.id, j.fence, j.state, j.batch_id, e.state = 'succeeded' AND e.answer ->> 'degraded' IS NOT NULL AS degraded
 ), ours AS (
     SELECT id, fence FROM moved
     UNION ALL  -- a commit whose reply was lost is found done when it is sent again

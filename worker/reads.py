@@ -97,7 +97,7 @@ async def calls(db: AsyncEngine, job_id: UUID) -> list[CallView]:
 
 _BATCH = """
 SELECT id, tenant, name, state, columns, coalesce(fields, '[]') AS fields,
-       total, succeeded, failed, cancelled, expired, created_at, finished_at
+       total, succeeded, degraded, failed, cancelled, expired, created_at, finished_at
 FROM batches b
 """
 

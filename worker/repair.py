@@ -114,6 +114,9 @@ async def _rescue(db: AsyncEngine) -> int:
     return total
 
 
+_DEGRADED = "EXISTS (SELECT FROM results r WHERE r.job_id = j.id AND r.answer ->> 'degraded' IS NOT NULL)"
+
+
 def _end(which: str, state: str, error: str = "NULL") -> TextClause:
     """Jobs that would be waiting for ever end."""
     return text(f"""
@@ -121,7 +124,7 @@ WITH target AS (
     SELECT j.id FROM jobs j WHERE {which} ORDER BY j.id LIMIT :most FOR NO KEY UPDATE OF j SKIP LOCKED
 ), moved AS (
     UPDATE jobs j SET state = '{state}', finished_at = now(), error = {error}, worker_id = NULL, dispatched_at = NULL
-    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state
+    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state, {_DEGRADED} AS degraded
 ), orphaned AS (
     UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now()
     FROM moved m WHERE p.job_id = m.id AND p.outcome IS NULL
@@ -152,22 +155,23 @@ UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now() FROM target t
 """)
 
 
-_COUNTS = """
-count(*) AS total, count(*) FILTER (WHERE j.state = 'succeeded') AS succeeded, count(*) FILTER (WHERE j.state = 'failed') AS failed,
+_COUNTS = f"""
+count(*) AS total, count(*) FILTER (WHERE j.state = 'succeeded') AS succeeded, count(*) FILTER (WHERE {_DEGRADED}) AS degraded,
+    count(*) FILTER (WHERE j.state = 'failed') AS failed,
     count(*) FILTER (WHERE j.state = 'cancelled') AS cancelled, count(*) FILTER (WHERE j.state = 'expired') AS expired,
     count(*) FILTER (WHERE j.finished_at IS NULL) AS unfinished, max(j.finished_at) AS finished_at
 """
 _MISCOUNTED = f"""
 FROM batches b LEFT JOIN (SELECT j.batch_id, {_COUNTS} FROM jobs j WHERE j.batch_id IS NOT NULL GROUP BY 1) n ON n.batch_id = b.id
-WHERE (b.total, b.succeeded, b.failed, b.cancelled, b.expired) <> (coalesce(n.total, 0), coalesce(n.succeeded, 0),
-        coalesce(n.failed, 0), coalesce(n.cancelled, 0), coalesce(n.expired, 0))
+WHERE (b.total, b.succeeded, b.degraded, b.failed, b.cancelled, b.expired) <> (coalesce(n.total, 0), coalesce(n.succeeded, 0),
+        coalesce(n.degraded, 0), coalesce(n.failed, 0), coalesce(n.cancelled, 0), coalesce(n.expired, 0))
     OR b.state <> 'loading' AND (b.state = 'finished') <> (coalesce(n.unfinished, 0) = 0)
     OR (b.state = 'finished') <> (b.finished_at IS NOT NULL)
 """
 _LOCK_BATCH = text("SELECT FROM batches WHERE id = :id FOR NO KEY UPDATE")
 _RECOUNT = text(f"""
 UPDATE batches b SET
-    total = n.total, succeeded = n.succeeded, failed = n.failed, cancelled = n.cancelled, expired = n.expired,
+    total = n.total, succeeded = n.succeeded, degraded = n.degraded, failed = n.failed, cancelled = n.cancelled, expired = n.expired,
     state = CASE WHEN b.state = 'loading' THEN 'loading' WHEN n.unfinished = 0 THEN 'finished' ELSE 'open' END,
     finished_at = CASE WHEN b.state <> 'loading' AND n.unfinished = 0 THEN coalesce(b.finished_at, n.finished_at, now()) END
 FROM (SELECT {_COUNTS} FROM jobs j WHERE j.batch_id = :id) n WHERE b.id = :id

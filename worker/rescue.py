@@ -22,7 +22,7 @@ WITH target AS (
 ), moved AS (
     UPDATE jobs j SET state = 'expired', finished_at = now(), error = jsonb_build_object('code', 'deadline',
         'message', 'the deadline passed before any provider answered', 'providers', coalesce(j.error -> 'providers', '[]'))
-    FROM target t WHERE j.id = t.id AND j.state = 'queued' RETURNING j.id, j.batch_id, j.state
+    FROM target t WHERE j.id = t.id AND j.state = 'queued' RETURNING j.id, j.batch_id, j.state, false AS degraded
 ), {COUNTED}
 SELECT id FROM moved
 """)
@@ -45,7 +45,7 @@ WITH target AS (
             'code', 'worker_died', 'message', format('%s workers died while they held it', t.deaths), 'providers', '[]'::jsonb) END,
         deaths = t.deaths, worker_id = NULL, dispatched_at = NULL, run_at = now()
     FROM target t WHERE j.id = t.id AND j.fence = t.fence AND j.state = 'running' AND j.worker_id = t.worker_id
-    RETURNING j.id, j.batch_id, j.state
+    RETURNING j.id, j.batch_id, j.state, false AS degraded
 ), orphaned AS (
     UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now()
     FROM moved m WHERE p.job_id = m.id AND p.outcome IS NULL
@@ -68,7 +68,7 @@ WITH target AS (
     UPDATE jobs j SET
         state = CASE WHEN j.cancel_requested THEN 'cancelled' ELSE 'queued' END,
         finished_at = CASE WHEN j.cancel_requested THEN now() END, worker_id = NULL, dispatched_at = NULL, run_at = now()
-    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state
+    FROM target t WHERE j.id = t.id RETURNING j.id, j.batch_id, j.state, false AS degraded
 ), orphaned AS (
     UPDATE provider_calls p SET outcome = 'orphaned', ended_at = now()
     FROM moved m WHERE p.job_id = m.id AND p.outcome IS NULL

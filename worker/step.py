@@ -268,7 +268,8 @@ def _ending(reply: Reply, call: Call, *, ours: bool) -> Ending:
     return Ending(
         verdict=Verdict.NEUTRAL if ours else policy.verdict,
         slow=policy.slow,
-        block_s=(reply.retry_after_s or 0) if policy.block_s is None else reply.retry_after_s or policy.block_s,
+        block_s=reply.retry_after_s or policy.block_s or 0,
+        named=bool(reply.retry_after_s),
         isolate_s=policy.isolate_s or 0,
         reason=reply.error_code or reply.signal.value,
         tokens=used or (None if policy.metered else 0),

@@ -61,6 +61,7 @@ batches = Table(
     Column("weight", Integer, nullable=False, server_default="1"),  # share of the bulk lane beside other batches
     Column("total", BigInteger, nullable=False, server_default="0"),
     Column("succeeded", BigInteger, nullable=False, server_default="0"),
+    Column("degraded", BigInteger, nullable=False, server_default="0"),  # of the succeeded: with less than a full answer
     Column("failed", BigInteger, nullable=False, server_default="0"),
     Column("cancelled", BigInteger, nullable=False, server_default="0"),
     Column("expired", BigInteger, nullable=False, server_default="0"),

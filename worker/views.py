@@ -42,6 +42,11 @@ class JobView:
     def ended(self) -> bool:
         return self.state in TERMINAL
 
+    @property
+    def lacking(self) -> bool:
+        """Without a full answer, so far or for good."""
+        return self.answer is None or self.answer.degraded is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetters:
@@ -85,7 +90,7 @@ class CallView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchView:
-    """A batch and how far it is: `total` grows while it is `loading`."""
+    """A batch and how far it is: `total` grows while it is `loading`. `degraded`: of the succeeded, with less than a full answer."""
 
     id: UUID
     tenant: str
@@ -95,6 +100,7 @@ class BatchView:
     fields: list[str]
     total: int
     succeeded: int
+    degraded: int
     failed: int
     cancelled: int
     expired: int
@@ -104,6 +110,11 @@ class BatchView:
     @property
     def unfinished(self) -> int:
         return self.total - self.succeeded - self.failed - self.cancelled - self.expired
+
+    @property
+    def lacking(self) -> int:
+        """Jobs without a full answer, so far or for good."""
+        return self.total - self.succeeded + self.degraded
 
 
 class CostKey(StrEnum):

@@ -348,7 +348,7 @@ def test_a_worker_that_runs_already_answers_and_what_a_provider_refuses_is_told(
     assert (refused.code, refused.json()["state"]) == (1, "failed")
     assert f"job {refused.json()['id']} failed: " in refused.err
     assert (partly.code, partly.json()["failed"], partly.json()["state"]) == (3, 2, "finished")
-    assert "2 of 2 are unanswered: backstop results b" in partly.err
+    assert "2 of 2 have no full answer: backstop results b" in partly.err
     timeline = backstop("job", refused.json()["id"], "--json").json()["calls"]
     assert [(call["provider"], call["http_status"], call["cost_usd"]) for call in timeline] == [("broken", 400, "0")]
 
@@ -360,7 +360,7 @@ def test_results_of_a_batch_with_failed_jobs_are_whole_and_exit_3(backstop, data
     ids = a_batch(database_url, [JobState.SUCCEEDED, JobState.FAILED, None])
     ended = backstop("results", "monday", "--format", "jsonl")
     assert ended.code == 3
-    assert ended.err == "backstop: 2 of 3 are unanswered or failed\n"
+    assert ended.err == "backstop: 2 of 3 have no full answer\n"
     lines = [json.loads(line) for line in ended.out.splitlines()]
     assert [set(line) for line in lines] == [{"id", "custom_id", "response", "error"}] * 3
     assert [(line["id"], line["custom_id"]) for line in lines] == list(zip(ids, ["monday-1", "monday-2", "monday-3"], strict=True))

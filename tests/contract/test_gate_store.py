@@ -171,7 +171,8 @@ class Trace:
     def check_opening(self, before, after, report, jitter, clock):
         if before.state is CLOSED:
             window = before.window(clock)
-            assert window.total + 1 >= RULES.min_calls or before.fails + 1 >= max(RULES.fails_in_a_row, report.survivors)  # B7
+            in_a_row = before.fails + 1 + report.slow
+            assert window.total + 1 >= RULES.min_calls or in_a_row >= max(RULES.fails_in_a_row, report.survivors)  # B7
             assert window.failures + (report.verdict is F) + window.slow + report.slow > 0
         open_ms = min(300_000, 10_000 * 2 ** (after.opens - 1))  # B10
         shortest = clock + open_ms + open_ms * jitter // 1000

@@ -188,11 +188,12 @@ async def counters_are_counts(e: Evidence) -> Finding:
         """
         SELECT format('batch %s is %s and says %s, its jobs say %s', name, state, said, counted)
         FROM (
-            SELECT b.name, b.state, b.finished_at, ARRAY[b.total, b.succeeded, b.failed, b.cancelled, b.expired] AS said, ARRAY[
-                count(j.id), count(*) FILTER (WHERE j.state = 'succeeded'), count(*) FILTER (WHERE j.state = 'failed'),
+            SELECT b.name, b.state, b.finished_at, ARRAY[b.total, b.succeeded, b.degraded, b.failed, b.cancelled, b.expired] AS said, ARRAY[
+                count(j.id), count(*) FILTER (WHERE j.state = 'succeeded'), count(r.answer ->> 'degraded'),
+                count(*) FILTER (WHERE j.state = 'failed'),
                 count(*) FILTER (WHERE j.state = 'cancelled'), count(*) FILTER (WHERE j.state = 'expired')] AS counted,
                 b.state <> 'loading' AND count(*) FILTER (WHERE j.state <> ALL(:ended)) = 0 AS over
-            FROM batches b LEFT JOIN jobs j ON j.batch_id = b.id GROUP BY b.id
+            FROM batches b LEFT JOIN jobs j ON j.batch_id = b.id LEFT JOIN results r ON r.job_id = j.id GROUP BY b.id
         ) t WHERE said <> counted OR (state = 'finished') <> over OR (finished_at IS NOT NULL) <> over
         """
     )

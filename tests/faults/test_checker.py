@@ -168,7 +168,7 @@ BY_SQL = [
     ("I7", f"UPDATE jobs SET attempts = {MAX_ATTEMPTS + 1} WHERE id = :failed"),
     ("I7", f"UPDATE jobs SET deaths = {MAX_DEATHS + 1} WHERE id = :killed"),
     ("I2 I8", "INSERT INTO results VALUES (:cancelled, 0, '{}')"),
-    *(("I9", f"UPDATE batches SET {name} = {name} + 1") for name in ("total", "succeeded", "failed", "cancelled", "expired")),
+    *(("I9", f"UPDATE batches SET {name} = {name} + 1") for name in ("total", "succeeded", "degraded", "failed", "cancelled", "expired")),
     ("I9", "UPDATE batches SET succeeded = succeeded - 1, failed = failed + 1"),
     ("I9", "UPDATE batches SET state = 'open', finished_at = NULL"),
     ("I9", "UPDATE batches SET state = 'open'"),

@@ -82,20 +82,6 @@ class Watched(Gates):
         return self._gate(provider).meter.in_flight(int(now_s() * 1000))
 
 
-class SwiftLoop(scripted.VirtualLoop):
-    """Never waits: where it would, its clock goes on. (A timer that was cancelled is no reason to wait for the next one.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        wait = self._selector.select
-
-        def select(timeout: float | None = None) -> list[Any]:
-            self.now_s += timeout or 0
-            return wait(timeout and 0)
-
-        self._selector.select = select
-
-
 @dataclass
 class Story:
     """What came of a play. `outcome` None: it was cancelled, or `error` escaped. `later`: what a parked job met when its wait was over."""
@@ -144,11 +130,9 @@ def perform(play: Play) -> Story:
 @contextmanager
 def swift_time() -> Iterator[asyncio.Runner]:
     """All clocks the chain, its gates and its cache look at are the loop's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripted, "VirtualLoop", SwiftLoop)
-        with virtual_time() as runner:
-            _same_time(patch)
-            yield runner
+    with virtual_time() as runner, pytest.MonkeyPatch.context() as patch:
+        _same_time(patch)
+        yield runner
 
 
 def _same_time(patch: pytest.MonkeyPatch) -> None:

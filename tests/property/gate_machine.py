@@ -109,8 +109,9 @@ class Gate(RuleBasedStateMachine):
         wait_ms=MOMENTS, which=PICK, verdict=st.sampled_from([S, S, F, F, X]), slow=RARELY, block_ms=WAITS_MS, isolate_ms=WAITS_MS,
         used=st.sampled_from([None, 0, 5, 400, 9_000]), sent=st.sampled_from([True, True, True, False]), ease=EASES,
         left=st.tuples(MAYBE_FEW, MAYBE_FEW), took_ms=st.sampled_from([None, 3, 700, 8_000]), cost=COSTS, again=RARELY,
+        named=st.booleans(),
     )  # fmt: skip
-    def tell(self, wait_ms, which, verdict, slow, block_ms, isolate_ms, used, sent, ease, left, took_ms, cost, again):
+    def tell(self, wait_ms, which, verdict, slow, block_ms, isolate_ms, used, sent, ease, left, took_ms, cost, again, named):
         self.now += wait_ms
         if not self.held:
             return
@@ -118,7 +119,7 @@ class Gate(RuleBasedStateMachine):
         bucket = None if took_ms is None else histogram.bucket(took_ms)
         told = self.tell_of(held, verdict)._replace(
             slow=slow, block_ms=block_ms, isolate_ms=isolate_ms, used=used, sent=sent, ease=ease,
-            remaining_requests=left[0], remaining_tokens=left[1], bucket=bucket, cost=cost,
+            remaining_requests=left[0], remaining_tokens=left[1], bucket=bucket, cost=cost, named=named,
         )  # fmt: skip
         self.reported([told, told] if again else [told])
 
@@ -299,13 +300,16 @@ class Gate(RuleBasedStateMachine):
             assert after.lease == "", "B8: the slot is not free"
             self.probe = None
         assert after.blocked >= before.blocked, "L6: a block ended sooner"
+        if not report.named and report.verdict is X:
+            assert after.blocked <= max(before.blocked, after.last + 60_000), "X9: a guess is longer than a minute"
+            assert after.blocked == before.blocked or before.blocked <= after.last, "X9: a wait that stands was guessed anew"
         if after.state is BreakerState.OPEN and before.state is not BreakerState.OPEN:
             self._check_opening(before, after, report)
 
     def _check_opening(self, before, after, report):
         if before.state is BreakerState.CLOSED:
             window = before.window(after.last)
-            assert window.total + 1 >= RULES.min_calls or before.fails + 1 >= RULES.fails_in_a_row, "B7: tripped by a few"
+            assert window.total + 1 >= RULES.min_calls or before.fails + 1 + report.slow >= RULES.fails_in_a_row, "B7: tripped by a few"
             assert window.failures + (report.verdict is F) + window.slow + report.slow > 0, "B7: tripped by good calls"
         open_ms = min(300_000, 10_000 * 2 ** (after.opens - 1))
         assert after.until == max(after.last + open_ms + open_ms // 10, after.blocked), "B10"

@@ -57,6 +57,29 @@ def waits_a_provider_asks_for(machine):
     calls(machine, 1)
 
 
+def waits_nobody_names(machine):
+    machine.begin(Limits())
+    for _ in range(8):
+        calls(machine, 2)
+        end(machine, X, block_ms=1_000, named=False)
+        machine.now += 100
+        end(machine, X, block_ms=1_000, named=False)
+        machine.now = machine.gate.circuit.blocked
+    calls(machine, 2)
+    end(machine, F, block_ms=1_000, named=False)
+    machine.now = machine.gate.circuit.blocked
+    end(machine, S)
+    calls(machine, 1)
+    end(machine, X, block_ms=1_000, named=False)
+
+
+def hangs(machine):
+    machine.begin(Limits())
+    calls(machine, 4)
+    for _ in range(4):
+        end(machine, F, which=-1, slow=True)
+
+
 def a_burst_with_instant_faults(machine):
     machine.begin(Limits())
     calls(machine, 40)
@@ -172,6 +195,6 @@ def a_first_hedge(machine):
 
 
 TOUR = (
-    an_outage, waits_a_provider_asks_for, a_burst_with_instant_faults, who_probes, requests_and_tokens, settlements, congestion,
-    concurrency, retries, hedges, a_first_hedge,
+    an_outage, waits_a_provider_asks_for, waits_nobody_names, hangs, a_burst_with_instant_faults, who_probes,
+    requests_and_tokens, settlements, congestion, concurrency, retries, hedges, a_first_hedge,
 )  # fmt: skip

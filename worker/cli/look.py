@@ -72,14 +72,14 @@ async def target(db: AsyncEngine, name: str) -> BatchView | JobView:
 @click.argument("name", metavar="BATCH|JOB")
 @json_option
 def watch(name: str, as_json: bool) -> None:
-    """Follows a batch or job until it has ended; exit 3 when something was not answered."""
+    """Follows a batch or job until it has ended; exit 3 when something was not answered in full."""
 
     async def look(open_: Connections) -> None:
         found = await target(open_.db, name)
         if isinstance(found, BatchView):
             view = await follow(open_, found.id)
             show_json(view) if as_json else say_batch(view)
-            if view.succeeded < view.total:
+            if view.lacking:
                 raise PartlyFailed("")
             return
         while not found.ended:
@@ -88,7 +88,7 @@ def watch(name: str, as_json: bool) -> None:
             assert again is not None
             found = again
         show_json(job_json(found)) if as_json else say_job(found)
-        if found.state is not JobState.SUCCEEDED:
+        if found.lacking:
             raise PartlyFailed("")
 
     with_ledger(look)
@@ -100,13 +100,13 @@ def watch(name: str, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="A file instead of stdout: whole or not there.")
 @json_option
 def results(name: str, shape: str | None, out: Path | None, as_json: bool) -> None:
-    """Writes what came out, failed jobs included; exit 3 while some are unanswered or failed."""
+    """Writes what came out, failed jobs included; exit 3 while some have no full answer."""
 
     async def write(open_: Connections) -> None:
         found = await target(open_.db, name)
         if isinstance(found, JobView):
             show_json(job_json(found))
-            if found.state is not JobState.SUCCEEDED:
+            if found.lacking:
                 raise PartlyFailed("")
             return
         by_name = "jsonl" if as_json or (out and out.suffix in (".jsonl", ".ndjson")) or found.columns is None else "csv"
@@ -115,8 +115,8 @@ def results(name: str, shape: str | None, out: Path | None, as_json: bool) -> No
             say(f"results: {out}")
         if found.state == "loading":
             raise PartlyFailed(f"batch {found.name} is still being submitted, or that broke off: {found.total} rows so far")
-        if found.succeeded < found.total:
-            raise PartlyFailed(f"{found.total - found.succeeded} of {found.total} are unanswered or failed")
+        if found.lacking:
+            raise PartlyFailed(f"{found.lacking} of {found.total} have no full answer")
 
     with_ledger(write)
 
@@ -273,8 +273,9 @@ def costs(by: str, since: str, as_json: bool) -> None:
 
 
 def say_batch(view: BatchView) -> None:
+    lesser = f" ({view.degraded} of them degraded)" if view.degraded else ""
     click.echo(
-        f"batch {view.name} {view.state}: {view.succeeded} answered, {view.failed} failed, {view.cancelled} cancelled, "
+        f"batch {view.name} {view.state}: {view.succeeded} answered{lesser}, {view.failed} failed, {view.cancelled} cancelled, "
         f"{view.expired} expired, {view.unfinished} to go"
     )
 
@@ -283,5 +284,7 @@ def say_job(view: JobView) -> None:
     click.echo(f"job {view.id} {view.state} ({view.lane}, chain {view.chain}, {view.calls} calls, {money(view.cost_usd)} USD)")
     if view.answer is not None:
         click.echo(view.answer.content or "(tool calls)")
+        if view.answer.degraded:
+            say(f"(degraded: {view.answer.degraded})")
     elif view.error:
         click.echo(f"{view.error.get('code')}: {view.error.get('message')}")

@@ -78,6 +78,8 @@ async def _show_answer(open_: Connections, job_id: UUID, wait_s: float, as_json:
         raise WaitTimedOut(f"no answer within {wait_s:g} s; it goes on: backstop job {job_id}")
     if view.answer is None:
         raise BackstopError(f"job {job_id} {view.state}: {(view.error or {}).get('message', '')}; see backstop job {job_id}")
+    if view.lacking:
+        raise PartlyFailed(f"nobody gave a full answer, this one is degraded: {view.answer.degraded}")
 
 
 @click.command()
@@ -125,8 +127,8 @@ def enqueue(
                 await export(open_, view, out, shape)
                 say(f"results: {out}")
             show_json(view) if as_json else say_batch(view)
-            if view.succeeded < view.total:
-                raise PartlyFailed(f"{view.total - view.succeeded} of {view.total} are unanswered: backstop results {batch_name}")
+            if view.lacking:
+                raise PartlyFailed(f"{view.lacking} of {view.total} have no full answer: backstop results {batch_name}")
 
         with_ledger(load_all)
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, NoReturn, Protocol
@@ -51,10 +52,15 @@ class Server(Protocol):
 
 
 class Minder:
-    """Owns the one process of `server`. Raises Unreachable or UsageError, naming the log, where that does not start."""
+    """Owns the one process of `server`. Raises Unreachable or UsageError, naming the log, where that does not start.
 
-    def __init__(self, server: Server) -> None:
+    `told_to_stop` is looked at where it waits: an exception out of a signal handler could break off a look at the process
+    half way, and leave its lock taken for ever.
+    """
+
+    def __init__(self, server: Server, told_to_stop: Callable[[], bool]) -> None:
         self.server = server
+        self.told_to_stop = told_to_stop
         self.home = server.home
         self.password = _kept_password(self.home / "password")
         self.port = _free_port()
@@ -75,8 +81,8 @@ class Minder:
         raise Unreachable(f"{self.server.title} did not start: {_last_words(self.home / 'log')} (log: {self.home / 'log'})")
 
     def watch(self, users: int) -> None:
-        """Returns when nobody uses the server. Raises Unreachable when it dies again and again."""
-        while not home.turn(users, shared=False):
+        """Returns when nobody uses the server, or when told to stop. Raises Unreachable when it dies again and again."""
+        while not (self.told_to_stop() or home.turn(users, shared=False)):
             time.sleep(_LOOK_EVERY_S)
             if self.process is not None and self.process.poll() is not None:
                 self._start_again()
@@ -125,26 +131,35 @@ class Minder:
                 return True
             if time.monotonic() > give_up_at:
                 raise Unreachable(f"{self.server.title} has not answered for {START_S:.0f} s: see {self.home / 'log'}")
+            if self.told_to_stop():
+                sys.exit(0)
             time.sleep(_LOOK_EVERY_S / 5)
         return False
 
 
 def mind(server: Server) -> None:
     """The whole life of a minder. Raises what kept the server from starting."""
+    told = heard_sigterm()
     users = os.open(server.home / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     log = server.home / "log"
     if log.exists():
         log.replace(log.with_name("log.1"))
     log.touch(mode=0o600)
-    minder = Minder(server)
+    minder = Minder(server, told)
     try:
         minder.start()
         minder.publish()
         _detach(log)
         minder.watch(users)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         minder.stop()
+
+
+def heard_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM ends nothing by itself; whether one came."""
+    heard: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    return lambda: bool(heard)
 
 
 def kinds() -> dict[str, type[Postgres] | type[Valkey]]:
@@ -187,7 +202,6 @@ def _detach(log: Path) -> None:
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     name, directory, durable = sys.argv[1:]
     try:
         mind(kinds()[name](Path(directory), durable == "durable"))

@@ -9,7 +9,7 @@ from typing import Any
 from worker.cost import Usage
 from worker.job import Answer
 from worker.providers.headroom import reset_s, with_headroom
-from worker.providers.openai_answers import _count, _json
+from worker.providers.openai_answers import to_count, to_json
 from worker.providers.openai_errors import Complaint, complaint, meaning
 from worker.providers.provider import Reply
 from worker.resilience.backoff import retry_after_s
@@ -39,7 +39,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, *, provider
 
 
 def _reply(status: int, headers: Mapping[str, str], body: bytes, provider: str, model: str, now: float) -> Reply:
-    decoded = _json(body)
+    decoded = to_json(body)
     error = complaint(decoded)
     if status >= 300 or error is not None:
         return _refusal(status, headers, error or Complaint(), decoded, now)
@@ -57,11 +57,13 @@ def usage_of(usage: Mapping[str, Any]) -> Usage:
     Writing to the cache costs 1.25 (an hour long: 2) times the input rate, which `Usage` cannot say: such a call is booked
     too low by a quarter of its written tokens. Only requests that ask for caching write to it, and ours do not.
     """
-    fresh, written, read = (_count(usage.get(name)) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
+    fresh, written, read = (
+        to_count(usage.get(name)) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+    )
     details = usage.get("output_tokens_details")
-    thinking = _count(details.get("thinking_tokens")) if isinstance(details, dict) else None
-    total = None if fresh is None else _count(fresh + (written or 0) + (read or 0))
-    return Usage(total, _count(usage.get("output_tokens")), None if total is None else read, thinking)
+    thinking = to_count(details.get("thinking_tokens")) if isinstance(details, dict) else None
+    total = None if fresh is None else to_count(fresh + (written or 0) + (read or 0))
+    return Usage(total, to_count(usage.get("output_tokens")), None if total is None else read, thinking)
 
 
 def _of_blocks(blocks: list[dict[str, Any]], decoded: dict[str, Any], status: int, *, provider: str, model: str) -> Reply:

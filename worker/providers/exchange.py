@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -21,6 +22,11 @@ from worker.signals import Signal
 MOST_BODY_BYTES = 8 * 2**20  # as sent, and again as unpacked
 _PIECE_BYTES = 2**16
 _PAST_AIOHTTPS_LIMIT_BYTES = 2**20  # aiohttp warns of larger bodies in one piece
+# What the kernel says when no host had a say: see `reach`.
+_BY_ERRNO = {
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL), "out_of_sockets"),
+    **dict.fromkeys((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN), "no_route"),
+}
 _NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.ClientHttpProxyError)
 
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -163,4 +169,5 @@ def _connect_code(cause: BaseException | None) -> str:
         aiohttp.ClientProxyConnectionError: "proxy",
         aiohttp.ClientHttpProxyError: "proxy",
     }
-    return next((code for kind, code in codes.items() if isinstance(cause, kind)), "refused")
+    refused = _BY_ERRNO.get(cause.errno or 0, "refused") if isinstance(cause, OSError) else "refused"
+    return next((code for kind, code in codes.items() if isinstance(cause, kind)), refused)

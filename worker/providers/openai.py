@@ -10,7 +10,6 @@ import httpx
 from worker.config import ProviderConfig
 from worker.job import ChatRequest
 from worker.providers.counted import counted
-from worker.providers.exchange import MOST_BODY_BYTES as MOST_BODY_BYTES
 from worker.providers.exchange import Exchange, checked, encode
 from worker.providers.openai_answers import read_reply
 from worker.providers.openai_stream import CompletionAssembly

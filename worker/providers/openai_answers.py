@@ -48,7 +48,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes, *, provider
 
 
 def _read(status: int, headers: Mapping[str, str], body: bytes, provider: str, model: str, now: float) -> Reply:
-    decoded = _json(body)
+    decoded = to_json(body)
     error = complaint(decoded)
     if error is not None or status >= 300:
         return _refusal(status, headers, error or plain(body), _usage_in(decoded), now)
@@ -106,7 +106,7 @@ def _refusal(status: int, headers: Mapping[str, str], error: Complaint, usage: U
     )
 
 
-def _json(body: bytes) -> Any:
+def to_json(body: bytes) -> Any:
     """The decoded body, storable in Postgres (no NUL, no half surrogate), or None when it is no JSON."""
     text = body.decode("utf-8-sig", "replace").replace("\0", "\ufffd")
     comments = _COMMENTS.match(text)
@@ -159,7 +159,7 @@ def usage_of(usage: Mapping[str, Any]) -> Usage:
 
     Of three counts the third, where one is missing, is the difference of the others.
     """
-    prompt, completion, total = (_count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
+    prompt, completion, total = (to_count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
     cached = _first_count(_part(usage, "prompt_tokens_details", "cached_tokens"), usage.get("prompt_cache_hit_tokens"),
                           usage.get("cached_tokens"))  # fmt: skip
     reasoning = _first_count(_part(usage, "completion_tokens_details", "reasoning_tokens"), usage.get("reasoning_tokens"))
@@ -177,10 +177,10 @@ def _part(usage: Mapping[str, Any], section: str, name: str) -> Any:
 
 
 def _first_count(*values: Any) -> int | None:
-    return next((count for count in map(_count, values) if count is not None), None)
+    return next((count for count in map(to_count, values) if count is not None), None)
 
 
-def _count(value: Any) -> int | None:
+def to_count(value: Any) -> int | None:
     """A token count out of int, float or string; None out of anything else, negative or past the ledger's columns."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

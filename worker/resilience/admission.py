@@ -54,7 +54,8 @@ class Admission:
 class Ending:
     """How an admitted call ended, as far as its provider's gate is concerned.
 
-    `block_s`: the provider asked all of us to wait so long (at most an hour). `isolate_s`: it refuses us for a fault of
+    `block_s`: the provider asked all of us to wait so long (at most an hour). `named`: it said so itself; else that is our guess,
+    doubled with each in a row (at most a minute) until a call is answered. `isolate_s`: it refuses us for a fault of
     key, quota or configuration (at most a day). `reason`: a short code for `Status`, no provider's text. `tokens`: really
     used, 0 when none were charged, None to keep the estimate. `sent`: False when the provider never saw the call: request
     and tokens are given back. `ease`: below 1 after congestion; rate and concurrency are multiplied by it, at most once in
@@ -65,6 +66,7 @@ class Ending:
     verdict: Verdict
     slow: bool = False
     block_s: float = 0
+    named: bool = True
     isolate_s: float = 0
     reason: str = ""
     tokens: int | None = None

@@ -56,9 +56,16 @@ local function isolate(report)
   set('until', now + math.min(report.isolate_ms, rules.isolate_most_ms))
 end
 
+local function wait_ms(report)
+  if report.named or report.verdict == 'F' then return math.min(report.block_ms, rules.block_most_ms) end
+  if number('blocked') > now then return 0 end
+  set('guesses', number('guesses') + 1)
+  return math.min(report.block_ms * 2 ^ math.min(number('guesses') - 1, 20), rules.guess_most_ms)
+end
+
 local function block(report)
   if report.block_ms == 0 then return end
-  set('blocked', math.max(number('blocked'), now + math.min(report.block_ms, rules.block_most_ms)))
+  set('blocked', math.max(number('blocked'), now + wait_ms(report)))
   if stored.state == 'closed' then set('reason', because('it asked to wait', report.reason)) end
 end
 
@@ -74,10 +81,11 @@ local function count(report)
   if period ~= this then successes, failures, slow = 0, 0, 0 end
   if report.verdict == 'F' then
     failures = failures + 1
-    set('fails', number('fails') + 1)
+    set('fails', number('fails') + 1 + report.slow)
   else
     successes = successes + 1
     set('fails', 0)
+    set('guesses', 0)
   end
   set('b' .. slot, string.format('%.0f,%d,%d,%d', this, successes, failures, slow + report.slow))
 end
@@ -126,6 +134,7 @@ local function judge_probe(report, jitter)
   elseif report.verdict == 'F' then
     open(because('the probe failed', report.reason), jitter)
   elseif report.verdict == 'S' then
+    set('guesses', 0)
     set('passed', number('passed') + 1)
     if number('passed') >= rules.good_probes then
       move('closed', '')
@@ -145,6 +154,7 @@ end
 
 local function force(word)
   set('blocked', 0)
+  set('guesses', 0)
   if word == 'open' then
     move('forced_open', 'opened by an operator')
   elseif word == 'closed' then

@@ -42,7 +42,7 @@ class Rules(NamedTuple):
     min_calls: int = 20
     fail_percent: int = 50
     slow_percent: int = 80
-    fails_in_a_row: int = 8
+    fails_in_a_row: int = 8  # a time-out counts as two: it has cost its job the whole time
     open_ms: int = 10_000  # doubled with each opening
     open_most_ms: int = 300_000
     jitter_permille: int = 200  # only lengthens
@@ -53,6 +53,7 @@ class Rules(NamedTuple):
     ramp_from_permille: int = 100
     forced_wait_ms: int = 10_000  # an operator may close it at any time
     block_most_ms: int = 3_600_000
+    guess_most_ms: int = 60_000  # of a wait that the provider did not name, doubled each time in a row
     isolate_most_ms: int = 86_400_000
     ttl_ms: int = 86_400_000  # of the hash in Redis; a forced state stays for ever
 
@@ -62,7 +63,7 @@ RULES = Rules()
 
 
 class Report(NamedTuple):
-    """What one admitted call says. `lease` is empty but for a probe.
+    """What one admitted call says. `lease` is empty but for a probe. `named`: the provider itself said to wait for `block_ms`.
 
     `survivors`: calls that went out with it or before it and are still in flight. Faults come back sooner than answers,
     so each of them stands for a success that is under way, until it says otherwise.
@@ -76,6 +77,7 @@ class Report(NamedTuple):
     isolate_ms: int = 0
     reason: str = ""
     survivors: int = 0
+    named: bool = True
 
 
 class Look(NamedTuple):
@@ -114,6 +116,7 @@ class Circuit:
     last: int = 0  # clock when it last changed
     until: int = 0  # OPEN, ISOLATED
     blocked: int = 0  # the provider's own Retry-After; leaves the state as it is
+    guesses: int = 0  # waits in a row that the provider did not name
     opens: int = 0
     closed_at: int = 0
     lease: str = ""  # who holds the probe
@@ -128,7 +131,7 @@ class Circuit:
         """The circuit a Redis hash holds; a new, closed one when it holds nothing."""
         circuit = cls(int(fields.get("generation", now)), BreakerState(fields.get("state", BreakerState.CLOSED)))
         circuit.last = int(fields.get("last", now))
-        for name in ("until", "blocked", "opens", "closed_at", "lease_until", "passed", "fails"):
+        for name in ("until", "blocked", "guesses", "opens", "closed_at", "lease_until", "passed", "fails"):
             setattr(circuit, name, int(fields.get(name, 0)))
         circuit.lease, circuit.reason = fields.get("lease", ""), fields.get("reason", "")
         for slot in range(RULES.buckets):
@@ -178,7 +181,7 @@ class Circuit:
     def force(self, now: int, word: Force) -> Look:
         """An operator's word stands until `reset`, which forgets everything but the generation."""
         self.last = now = max(now, self.last)
-        self.blocked = 0
+        self.blocked = self.guesses = 0
         if word == "open":
             self._move(BreakerState.FORCED_OPEN, "opened by an operator")
         elif word == "closed":
@@ -228,6 +231,7 @@ class Circuit:
         elif report.verdict is Verdict.FAILURE:
             self._open(now, _because("the probe failed", report.reason), jitter)
         elif report.verdict is Verdict.SUCCESS:
+            self.guesses = 0
             self.passed += 1
             if self.passed >= RULES.good_probes:
                 self._move(BreakerState.CLOSED, "")
@@ -248,7 +252,8 @@ class Circuit:
         slot = period % RULES.buckets
         at, successes, failures, slow = self.buckets[slot] if self.buckets[slot][0] == period else (period, 0, 0, 0)
         self.buckets[slot] = (at, successes + (not failed), failures + failed, slow + report.slow)
-        self.fails = self.fails + 1 if failed else 0
+        self.fails = self.fails + 1 + report.slow if failed else 0
+        self.guesses = self.guesses if failed else 0
 
     def _cause(self, now: int, report: Report) -> str:
         """Why this report trips, or "". A good call trips nothing, whatever the others were."""
@@ -265,9 +270,21 @@ class Circuit:
 
     def _block(self, now: int, report: Report) -> None:
         if report.block_ms:
-            self.blocked = max(self.blocked, now + min(report.block_ms, RULES.block_most_ms))
+            self.blocked = max(self.blocked, now + self._wait_ms(now, report))
             if self.state is BreakerState.CLOSED:
                 self.reason = _because("it asked to wait", report.reason)
+
+    def _wait_ms(self, now: int, report: Report) -> int:
+        """As named; else as guessed, for twice as long as the guess before: of a wait that still stands nothing is guessed anew.
+
+        What failed is not guessed at either, the breaker grows by itself.
+        """
+        if report.named or report.verdict is Verdict.FAILURE:
+            return min(report.block_ms, RULES.block_most_ms)
+        if self.blocked > now:
+            return 0
+        self.guesses += 1
+        return min(report.block_ms << min(self.guesses - 1, 20), RULES.guess_most_ms)
 
     def _isolate(self, now: int, report: Report) -> None:
         self._move(BreakerState.ISOLATED, _because("isolated", report.reason))

@@ -88,7 +88,7 @@ end
 
 local names = {
   'lease', 'generation', 'probe', 'verdict', 'slow', 'block_ms', 'isolate_ms', 'reason', 'reserved', 'used', 'sent',
-  'ease', 'remaining_requests', 'remaining_tokens', 'bucket', 'first', 'cost', 'took_ms',
+  'ease', 'remaining_requests', 'remaining_tokens', 'bucket', 'first', 'cost', 'took_ms', 'named',
 }
 
 local function hear(tell, jitter)
@@ -99,6 +99,7 @@ local function hear(tell, jitter)
   circuit.report({
     generation = told.generation, lease = told.probe and told.lease or '', verdict = told.verdict,
     slow = told.slow and 1 or 0, block_ms = told.block_ms, isolate_ms = told.isolate_ms, reason = told.reason,
+    named = told.named,
     survivors = function() return meter.survivors(ends) end,
   }, jitter)
   if told.first then budget.earn(told.verdict == 'S', told.sent, told.cost) end

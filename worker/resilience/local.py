@@ -69,6 +69,7 @@ class Tell(NamedTuple):
     first: bool = True
     cost: int = 0
     took_ms: int | None = None
+    named: bool = True
 
     @classmethod
     def of(cls, admission: Admission, ending: Ending) -> Tell:
@@ -91,12 +92,13 @@ class Tell(NamedTuple):
             first=admission.extra is None,
             cost=0 if ending.cost_usd is None else nano(ending.cost_usd),
             took_ms=ending.took_ms,
+            named=ending.named,
         )
 
     def report(self, survivors: int) -> Report:
         """What the breaker hears of it."""
         lease = self.lease if self.probe else ""
-        return Report(self.generation, lease, self.verdict, self.slow, self.block_ms, self.isolate_ms, self.reason, survivors)
+        return Report(self.generation, lease, self.verdict, self.slow, self.block_ms, self.isolate_ms, self.reason, survivors, self.named)
 
     def settling(self) -> Settling:
         """What the limits hear of it."""
