@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 import worker
-from api import batches, figures, health, jobs, problems
+from api import batches, chat, figures, file_batches, files, health, jobs, models, problems, webhooks
+from api.envelope import Envelope
 from api.parts import Parts
 from worker import config, wiring
 from worker.settings import Settings, read_settings
@@ -47,6 +48,7 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
         redoc_url=None,
     )
     problems.install(app)
-    for resource in (jobs, batches, figures, health):
+    app.add_middleware(Envelope)
+    for resource in (jobs, batches, figures, webhooks, files, file_batches, chat, models, health):
         app.include_router(resource.router)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, HTTPException
@@ -24,4 +25,17 @@ async def authenticated(parts: Opened, credentials: Annotated[HTTPAuthorizationC
     return caller
 
 
-Signed = Annotated[keys.Caller, Depends(authenticated)]
+def allowed(scope: keys.Scope) -> Callable[[keys.Caller], keys.Caller]:
+    """The holder of a key that may do this; 403 for one that may not."""
+
+    def check(caller: Annotated[keys.Caller, Depends(authenticated)]) -> keys.Caller:
+        if scope not in caller.scopes:
+            raise HTTPException(403, f"this API key may not {scope}: use one with the scope `{scope}`")
+        return caller
+
+    return check
+
+
+Reads = Annotated[keys.Caller, Depends(allowed(keys.Scope.READ))]
+Submits = Annotated[keys.Caller, Depends(allowed(keys.Scope.SUBMIT))]
+Operates = Annotated[keys.Caller, Depends(allowed(keys.Scope.OPERATE))]

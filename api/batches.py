@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from api.auth import Signed
+from api.auth import Reads
 from api.parts import Opened
 from api.problems import documented
 from api.schemas import ResultLine
@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1", tags=["batches"], responses=documented(401, 404
 
 
 @router.get("/batches/{name_or_id}/results", response_class=StreamingResponse)
-async def batch_results(name_or_id: str, caller: Signed, parts: Opened) -> StreamingResponse:
+async def batch_results(name_or_id: str, caller: Reads, parts: Opened) -> StreamingResponse:
     """NDJSON, one line for each job of the batch as it ends; the response ends when all have. Cut off: ask again."""
     batch = await known_batch(parts.db, name_or_id, caller.tenant)
     return StreamingResponse(_lines(parts.db, batch.id), media_type="application/x-ndjson")

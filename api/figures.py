@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.auth import Signed
+from api.auth import Reads
 from api.parts import Opened
 from api.problems import documented
 from api.schemas import CallsToday, CostList, CostOut, ProviderList, ProviderOut
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1", tags=["figures"], responses=documented(401, 503
 
 
 @router.get("/providers")
-async def list_providers(caller: Signed, parts: Opened) -> ProviderList:
+async def list_providers(caller: Reads, parts: Opened) -> ProviderList:
     """Each provider of the config: its breaker and limits as all workers share them, and this tenant's calls since midnight UTC."""
     providers = parts.config.providers
     today = {day.provider: day for day in await reads.providers_today(parts.db, tenant=caller.tenant)}
@@ -43,7 +43,7 @@ async def list_providers(caller: Signed, parts: Opened) -> ProviderList:
 
 @router.get("/costs", responses=documented(422))
 async def list_costs(
-    caller: Signed,
+    caller: Reads,
     parts: Opened,
     by: CostKey = CostKey.PROVIDER,
     since: Annotated[str, Query(description="How far back: a number and m, h, d or w.")] = "7d",

@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from api.auth import Signed
+from api.auth import Reads, Submits
 from api.batches import known_batch
 from api.parts import Opened, Parts
 from api.problems import documented
@@ -35,7 +35,7 @@ async def submit_job(
     body: JobIn,
     request: Request,
     response: Response,
-    caller: Signed,
+    caller: Submits,
     parts: Opened,
     wait: Wait = 0,
     prefer: Annotated[str, Header(description="`wait=N` as in RFC 7240")] = "",
@@ -86,7 +86,7 @@ def _submitted_headers(job: JobView, preferred_s: float | None, replayed: bool, 
 async def list_jobs(
     request: Request,
     response: Response,
-    caller: Signed,
+    caller: Reads,
     parts: Opened,
     cursor: UUID | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
@@ -105,7 +105,7 @@ async def list_jobs(
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"], responses=documented(404))
-async def get_job(job_id: str, response: Response, caller: Signed, parts: Opened, wait: Wait = 0) -> JobOut:
+async def get_job(job_id: str, response: Response, caller: Reads, parts: Opened, wait: Wait = 0) -> JobOut:
     """The job as it stands; with `wait`, as soon as it has ended or the time is over."""
     job = await _job(parts.db, job_id, caller.tenant)
     if wait and not job.ended:
@@ -116,7 +116,7 @@ async def get_job(job_id: str, response: Response, caller: Signed, parts: Opened
 
 
 @router.post("/jobs/{job_id}/cancel", tags=["jobs"], responses={202: {"model": JobOut}, **documented(404)})
-async def cancel_job(job_id: str, response: Response, caller: Signed, parts: Opened) -> JobOut:
+async def cancel_job(job_id: str, response: Response, caller: Submits, parts: Opened) -> JobOut:
     """200: it has ended, cancelled now or otherwise before. 202: it runs, and is stopped unless it succeeds first."""
     job = await _job(parts.db, job_id, caller.tenant)
     cancelled = await intervene.cancel(parts.db, job_ids=[job.id], tenant=caller.tenant)
@@ -128,7 +128,7 @@ async def cancel_job(job_id: str, response: Response, caller: Signed, parts: Ope
 
 
 @router.get("/jobs/{job_id}/calls", tags=["jobs"], responses=documented(404))
-async def list_calls(job_id: str, caller: Signed, parts: Opened) -> CallList:
+async def list_calls(job_id: str, caller: Reads, parts: Opened) -> CallList:
     """Every HTTP request sent to a provider for this job: whom it asked, how it ended, how long it took, its cost."""
     job = await _job(parts.db, job_id, caller.tenant)
     return CallList(data=[CallOut.of(call) for call in await reads.calls(parts.db, job.id)])

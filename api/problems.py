@@ -1,10 +1,8 @@
-"""Errors as RFC 9457 problems; around every request an id, a bounded body, and nothing internal on the way out."""
+"""Errors of the native routes, as RFC 9457 problems."""
 
 from __future__ import annotations
 
 import json
-import re
-import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -15,17 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.errors import BackstopError, NotFound, Unreachable, Unreadable
-from worker.job import new_id
 
 MEDIA_TYPE = "application/problem+json"
-MAX_BODY_BYTES = 1024 * 1024
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = structlog.get_logger()
 
 
@@ -76,8 +69,7 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Every error of this app leaves as a problem, every response with its X-Request-ID."""
-    app.add_middleware(Envelope)
+    """Every error of this app leaves as a problem."""
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(BackstopError, _mistake)
@@ -116,66 +108,3 @@ async def _mistake(request: Request, error: Exception) -> Response:
 async def _database_away(request: Request, error: Exception) -> Response:
     _log.error("database_unreachable", error=type(error).__name__)
     return problem(request, 503, "Postgres does not answer at the moment: try again", headers={"Retry-After": "1"})
-
-
-class Envelope:
-    """Gives a request its id (the client's own if that is a plain one), bounds its body, masks what nobody handled."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else new_id().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._serve(scope, self._bounded(receive), _signed(send, request_id))
-
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def sent(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, sent)
-        except Exception as error:
-            # Frames only: the message of a driver's or a client's exception may hold a prompt.
-            where = traceback.format_list(traceback.extract_tb(error.__traceback__)[-5:])
-            _log.error("request_failed", error=type(error).__name__, path=scope["path"], where=where)
-            if started:
-                raise BrokenOff from None
-            answer = problem(Request(scope), 500, "something went wrong here; the log knows more under this request_id")
-            await answer(scope, receive, send)
-
-    def _bounded(self, receive: Receive) -> Receive:
-        size = 0
-
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_body_bytes:
-                raise HTTPException(413, f"a request may have {self._max_body_bytes} bytes at most")
-            return message
-
-        return bounded
-
-
-class BrokenOff(Exception):
-    """A response that has begun cannot be finished: the server closes the connection, so that the client sees it."""
-
-
-def _signed(send: Send, request_id: str) -> Send:
-    async def signed(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["X-Request-ID"] = request_id
-        await send(message)
-
-    return signed

@@ -29,7 +29,7 @@ class Size:
     jobs_per_s: float  # of one world
 
 
-FULL = Size(independent=20, common=6, length_s=720, jobs_per_s=0.75)
+FULL = Size(independent=20, common=6, length_s=900, jobs_per_s=0.6)
 SHORT = Size(independent=12, common=4, length_s=40, jobs_per_s=1.0)
 
 

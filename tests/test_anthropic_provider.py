@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vendor import vendor
 
 from worker.config import ProviderConfig
 from worker.cost import Usage
@@ -408,36 +409,22 @@ def test_no_body_whatever_makes_reading_raise_or_an_answer_unstorable(status, co
 # On the wire
 
 
-@asynccontextmanager
-async def vendor(answers):
-    """A server at 127.0.0.1 that gives these (status, body) in turn; yields its base URL and the requests it saw."""
-    seen = []
-
-    async def connected(reader, writer):
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in head.split("\r\n")[1:] if line)}
-                asked = await reader.readexactly(int(fields["content-length"]))
-                seen.append((head.split("\r\n")[0], fields, json.loads(asked)))
-                status, content = answers[min(len(seen), len(answers)) - 1]
-                raw = json.dumps(content).encode()
-                writer.write(b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(raw)) + raw)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", seen
-    finally:
-        server.close()
+async def spoken(answers, seen, reader, writer):
+    """Gives these (status, body) in turn, and writes down the requests."""
+    while True:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in head.split("\r\n")[1:] if line)}
+        asked = await reader.readexactly(int(fields["content-length"]))
+        seen.append((head.split("\r\n")[0], fields, json.loads(asked)))
+        status, content = answers[min(len(seen), len(answers)) - 1]
+        raw = json.dumps(content).encode()
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(raw)) + raw)
 
 
 def calls(*answers, requests, key="sk-ant"):
     async def run():
-        async with vendor(answers) as (base_url, seen), client() as http:
+        seen = []
+        async with vendor(partial(spoken, answers, seen)) as base_url, client() as http:
             provider = AnthropicMessages("p", ProviderConfig(base_url=base_url, model="claude", dialect="anthropic"), http, key=key)
             return [await provider.complete(request, timeout_s=20, call_id=f"call-{n}") for n, request in enumerate(requests)], seen
 

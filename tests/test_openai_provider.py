@@ -9,11 +9,12 @@ import re
 import socket
 import struct
 import zlib
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vendor import vendor
 
 from worker.config import ProviderConfig
 from worker.cost import Usage, estimated_tokens
@@ -431,30 +432,6 @@ def test_no_message_whatever_makes_reading_raise_or_an_answer_unstorable(message
 
 
 # On the wire
-
-
-@asynccontextmanager
-async def vendor(handle):
-    """A server at 127.0.0.1 that treats each connection as `handle(reader, writer)` says; yields its base URL."""
-    writers = []
-
-    async def connected(reader, writer):
-        writers.append(writer)
-        try:
-            await handle(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    finally:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
-        await server.wait_closed()
 
 
 async def request_of(reader):

@@ -4,10 +4,12 @@ import asyncio
 import gzip
 import json
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vendor import vendor
 
 from worker.config import ProviderConfig
 from worker.cost import Usage
@@ -313,30 +315,11 @@ def test_a_stream_is_bounded_as_it_comes_and_as_it_is_put_together(monkeypatch):
 # Under limits of silence
 
 
-@asynccontextmanager
-async def vendor(handle):
-    """A server at 127.0.0.1 that reads a request and then does `handle(reader, writer)`; yields its base URL."""
-    writers = []
-
-    async def connected(reader, writer):
-        writers.append(writer)
-        try:
-            while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower():
-                length = int(head.split("content-length: ")[1].split("\r\n")[0])
-                await handle(head, json.loads(await reader.readexactly(length)), reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    finally:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
-        await server.wait_closed()
+async def each_request(handle, reader, writer):
+    """Does `handle(head, body, reader, writer)` for each request of a connection."""
+    while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower():
+        length = int(head.split("content-length: ")[1].split("\r\n")[0])
+        await handle(head, json.loads(await reader.readexactly(length)), reader, writer)
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -363,7 +346,7 @@ def sends(*pieces):
 
 def calls(dialect, handle, *, count=1, timeout_s=20.0, patience_s=60, **config):
     async def run():
-        async with asyncio.timeout(patience_s), vendor(handle) as base_url, client() as http:
+        async with asyncio.timeout(patience_s), vendor(partial(each_request, handle)) as base_url, client() as http:
             limits = ProviderConfig(base_url=base_url, model="m", dialect=dialect, stream=True, **config)
             provider = DIALECTS[dialect]("p", limits, http, key="sk")
             return [await provider.complete(ASK, timeout_s=timeout_s, call_id=f"c{n}") for n in range(count)]

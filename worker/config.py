@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from worker import tomlfile
 from worker.errors import UsageError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -243,14 +243,8 @@ class Config(_Section):
 
 def load(path: Path) -> Config:
     """The checked configuration. Raises UsageError naming the file, the key and what was expected."""
-    try:
-        return parse(tomllib.loads(path.read_text("utf-8")), str(path))
-    except FileNotFoundError:
-        raise UsageError(f"no {path} here: copy backstop.toml from the project or set BACKSTOP_CONFIG") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    absent = f"no {path} here: copy backstop.toml from the project or set BACKSTOP_CONFIG"
+    return parse(tomlfile.read(path, absent=absent), str(path))
 
 
 def parse(body: Mapping[str, Any], source: str) -> Config:

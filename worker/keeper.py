@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from uuid import UUID
 
@@ -37,6 +37,7 @@ BUSY_TICK_S = 0.03
 IDLE_TICK_S = 0.15
 MEND_S = 0.5
 FOLLOW_S = 0.5  # between looks at whether somebody leads
+DUTY_S = 1.0  # between two rounds of a duty
 TICK_LIMIT_S = 30.0  # Redis may take 10 s to say that it does not answer
 
 
@@ -44,14 +45,25 @@ class Keeper:
     """Says that this process lives, and leads when nobody else does.
 
     `db` is its own and pools nothing: a full pool must not stop a heartbeat,
-    and a lock must end with its connection."""
+    and a lock must end with its connection. `duties`: what the leader sees to besides, a round each second; for a moment two
+    processes may be at it, so each must bear that.
+    """
 
-    def __init__(self, db: AsyncEngine, redis: Redis, publish: Publish, settings: Settings, lanes: Collection[Lane]) -> None:
+    def __init__(
+        self,
+        db: AsyncEngine,
+        redis: Redis,
+        publish: Publish,
+        settings: Settings,
+        lanes: Collection[Lane],
+        duties: Sequence[Callable[[], Awaitable[None]]] = (),
+    ) -> None:
         self._db = db
         self._redis = redis
         self._publish = publish
         self._settings = settings
         self._lanes = lanes
+        self._duties = duties
         self._seen_s = 0.0
         self._strays: Mapping[UUID, int] = {}
         self._fleet = 1
@@ -158,6 +170,7 @@ class Keeper:
         log.info("leading", worker_id=str(self.worker_id))
         async with self._db.connect() as other:
             loops = [asyncio.create_task(self._mend(connection)), asyncio.create_task(self._dispatch(other))]
+            loops += [asyncio.create_task(_see_to(duty)) for duty in self._duties]
             try:
                 await asyncio.gather(*loops)
             finally:
@@ -199,6 +212,15 @@ class Keeper:
         rescued = await rescue(connection)
         if rescued:
             log.warning("rescued", jobs=len(rescued))
+
+
+async def _see_to(duty: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await duty()
+        except Exception as error:  # what one duty meets must not unseat the leader
+            log.warning("duty_failed", error=type(error).__name__, origin=origin(error))
+        await asyncio.sleep(DUTY_S)
 
 
 _REGISTER = text("""

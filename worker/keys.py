@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from uuid import UUID
 
 from sqlalchemy import text
@@ -23,6 +24,14 @@ MARK = "backstop_sk_"
 _SHOWN = len(MARK) + 6
 
 
+class Scope(StrEnum):
+    """What a key may do."""
+
+    SUBMIT = "submit"  # jobs, batches and files in, and take them back: cancel, delete
+    READ = "read"  # whatever is its tenant's
+    OPERATE = "operate"  # what concerns others as well: breakers, webhooks, requeues
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who a request comes from. What it may see is its tenant's."""
@@ -30,6 +39,7 @@ class Caller:
     key_id: UUID
     tenant: str
     name: str
+    scopes: frozenset[Scope] = frozenset(Scope)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +107,12 @@ async def revoke(db: AsyncEngine, which: str) -> Key:
 # Most requests write nothing: the time of last use is kept to the minute.
 _VERIFY = text("""
 WITH found AS (
-    SELECT id, tenant, name, hash, last_used_at FROM api_keys WHERE hash = :hash AND revoked_at IS NULL
+    SELECT id, tenant, name, hash, scopes, last_used_at FROM api_keys WHERE hash = :hash AND revoked_at IS NULL
 ), used AS (
     UPDATE api_keys k SET last_used_at = now() FROM found f
     WHERE k.id = f.id AND (f.last_used_at IS NULL OR f.last_used_at < now() - interval '1 minute')
 )
-SELECT id, tenant, name, hash FROM found
+SELECT id, tenant, name, hash, scopes FROM found
 """)
 
 
@@ -115,7 +125,7 @@ async def verify(db: AsyncEngine, secret: str) -> Caller | None:
         row = (await connection.execute(_VERIFY, {"hash": digest})).one_or_none()
     if row is None or not hmac.compare_digest(row.hash, digest):
         return None
-    return Caller(key_id=row.id, tenant=row.tenant, name=row.name)
+    return Caller(row.id, row.tenant, row.name, frozenset(map(Scope, row.scopes)))
 
 
 def _hash(secret: str) -> bytes:

@@ -187,7 +187,91 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("prefix", Text, nullable=False),  # what may be shown
     Column("hash", LargeBinary, nullable=False, unique=True),  # SHA-256 of the whole key
+    Column("scopes", ARRAY(Text), nullable=False, server_default="{submit,read,operate}"),
+    Column("rpm", Integer),  # requests a minute; NULL is not limited
     Column("created_at", _Time, nullable=False, server_default=func.now()),
     Column("last_used_at", _Time),
     Column("revoked_at", _Time),
 )
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("state", Text, CheckConstraint("state IN ('uploading','ready')", name="state"), nullable=False),
+    Column("bytes", BigInteger, nullable=False, server_default="0"),
+    Column("created_at", _Time, nullable=False, server_default=func.now()),
+    Column("expires_at", _Time),
+    Index("ix_files_tenant", "tenant", "id"),  # list
+)
+
+file_chunks = Table(
+    "file_chunks",
+    metadata,
+    Column("file_id", Uuid, ForeignKey("files.id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+)
+
+# What OpenAI's batches have besides ours.
+file_batches = Table(
+    "file_batches",
+    metadata,
+    Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("state", Text, CheckConstraint(
+        "state IN ('validating','in_progress','finalizing','completed','failed','expired','cancelling','cancelled')", name="state"),
+        nullable=False),
+    Column("input_file_id", Uuid, nullable=False),  # no foreign key: a file may be deleted before its batch
+    Column("output_file_id", Uuid),
+    Column("error_file_id", Uuid),
+    Column("skips_bad_lines", Boolean, nullable=False, server_default=text("false")),
+    Column("deadline_s", Float, nullable=False),
+    Column("metadata", JSONB),
+    Column("errors", JSONB),  # failed: [{"code", "line", "message", "param"}]
+    Column("retry_key", Text),  # what a repeated POST has in common with the first
+    Column("expires_at", _Time, nullable=False),
+    Column("in_progress_at", _Time),
+    Column("finalizing_at", _Time),
+    Column("completed_at", _Time),
+    Column("failed_at", _Time),
+    Column("expired_at", _Time),
+    Column("cancelling_at", _Time),
+    Column("cancelled_at", _Time),
+    Index("ix_file_batches_unfinished", "batch_id",  # the leader's look
+          postgresql_where=text("state IN ('validating','in_progress','finalizing','cancelling')")),
+)  # fmt: skip
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("events", ARRAY(Text), nullable=False),
+    Column("secret", Text, nullable=False),  # signs what is sent, so it cannot be kept as a hash
+    Column("created_at", _Time, nullable=False, server_default=func.now()),
+    Column("disabled_at", _Time),
+    Index("ix_webhooks_tenant", "tenant", postgresql_where=text("disabled_at IS NULL")),  # settle
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("webhook_id", Uuid, ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("event", Text, nullable=False),
+    Column("subject_id", Uuid, nullable=False),  # of the job or the batch
+    Column("created_at", _Time, nullable=False, server_default=func.now()),
+    Column("run_at", _Time, nullable=False, server_default=func.now()),  # pending: not before
+    Column("attempts", SmallInteger, nullable=False, server_default="0"),
+    Column("state", Text, CheckConstraint("state IN ('pending','delivered','failed')", name="state"), nullable=False,
+           server_default="pending"),
+    Column("ended_at", _Time),
+    Column("http_status", SmallInteger),  # of the last attempt
+    Column("error_code", Text),
+    Index("ix_deliveries_due", "run_at", postgresql_where=text("state = 'pending'")),  # deliver
+    Index("ix_deliveries_webhook_id", "webhook_id", "created_at"),  # log
+)  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,7 +13,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from worker import batchlines
+from worker import batchlines, tomlfile
 from worker.errors import UsageError
 from worker.job import ChatRequest
 from worker.textfile import UNSTORABLE
@@ -66,24 +65,11 @@ DEFAULT = Template(user="{% for name, value in row.items() %}\n{{ name }}: {{ va
 def load(path: Path) -> Template:
     """The checked template. Raises UsageError naming the file, the key or line, and what was expected."""
     try:
-        return _template(_decoded(path))
+        return _template(tomlfile.read(path, absent=f"no template {path}: check the name given with --prompt"))
     except RecursionError:
         raise UsageError(f"{path}: nested too deeply") from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def _decoded(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no template {path}: check the name given with --prompt") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    except ValueError:  # Python's limit, which names no line
-        raise UsageError(f"{path}: a number in it has too many digits") from None
 
 
 def _template(body: Mapping[str, Any]) -> Template:

@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 
 from fastapi import APIRouter
 
-from api.problems import MAX_BODY_BYTES
+from api.envelope import MAX_BODY_BYTES
 from worker.job import new_id
 
 PUBLIC = {"/livez", "/readyz", "/openapi.json", "/docs"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from worker import tomlfile
 from worker.config import Name, PriceConfig
 from worker.errors import UsageError
 
@@ -149,14 +149,7 @@ class Script(_Section):
 
 def load(path: Path) -> Script:
     """The checked script. Raises UsageError naming the file, the key and what was expected."""
-    try:
-        return parse(tomllib.loads(path.read_text("utf-8")), str(path))
-    except FileNotFoundError:
-        raise UsageError(f"no {path} here: copy examples/faults.toml from the project") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
+    return parse(tomlfile.read(path, absent=f"no {path} here: copy examples/faults.toml from the project"), str(path))
 
 
 def parse(body: Mapping[str, Any], source: str) -> Script:

@@ -1,0 +1,39 @@
+"""Keeps what OpenAI's batches have besides Backstop's own. Older processes do not know of them, and load none."""
+
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+
+def upgrade() -> None:
+    op.execute("""
+    CREATE TABLE file_batches (
+        batch_id UUID NOT NULL CONSTRAINT pk_file_batches PRIMARY KEY
+            CONSTRAINT fk_file_batches_batch_id REFERENCES batches (id) ON DELETE CASCADE,
+        state TEXT NOT NULL CONSTRAINT ck_file_batches_state CHECK (
+            state IN ('validating','in_progress','finalizing','completed','failed','expired','cancelling','cancelled')),
+        input_file_id UUID NOT NULL,
+        output_file_id UUID,
+        error_file_id UUID,
+        skips_bad_lines BOOLEAN NOT NULL DEFAULT false,
+        deadline_s DOUBLE PRECISION NOT NULL,
+        metadata JSONB,
+        errors JSONB,
+        retry_key TEXT,
+        expires_at TIMESTAMPTZ NOT NULL,
+        in_progress_at TIMESTAMPTZ,
+        finalizing_at TIMESTAMPTZ,
+        completed_at TIMESTAMPTZ,
+        failed_at TIMESTAMPTZ,
+        expired_at TIMESTAMPTZ,
+        cancelling_at TIMESTAMPTZ,
+        cancelled_at TIMESTAMPTZ
+    )""")
+    op.execute("""
+    CREATE INDEX ix_file_batches_unfinished ON file_batches (batch_id)
+        WHERE state IN ('validating','in_progress','finalizing','cancelling')""")
+
+
+def downgrade() -> None:
+    op.execute("DROP TABLE file_batches")
