@@ -8,7 +8,7 @@ UV := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_F
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock" --quiet
 
-.PHONY: help demo test soak controls check bench bench-resilience up lock clean
+.PHONY: help demo test soak controls check bench bench-api bench-resilience up lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ check: $(READY) ## lint, format, types, layers
 
 bench: $(READY) ## throughput and latency beside a usual Celery worker
 	@$(BIN)/python -m bench.throughput
+
+bench-api: $(READY) ## polling beside a bare route, a thousand long polls, a file of 100 MB
+	@$(BIN)/python -m bench.api $(BENCH)
 
 bench-resilience: $(READY) $(RIVALS)/.ready ## bad weather: beside a naive client and LiteLLM; options: make bench-resilience BENCH="--short"
 	@$(BIN)/python -m bench.resilience --svg docs/resilience.svg $(BENCH)

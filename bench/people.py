@@ -72,7 +72,7 @@ async def _measure(asked: int, tickets: int, place: Path, env: Mapping[str, str]
     async with connections(Settings()) as open_:
         key = (await keys.create(open_.db, name="bench")).secret
         async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
-            await _until_ready(http, base_url)
+            await until_ready(http, base_url)
             alone_ms = median(await _ask(http, f"{env['STUB_URL']}/chat/completions", 100, 0.0))
             idle = await _waits(http, base_url, open_, asked, alone_ms)
             before = await _succeeded(open_.db)
@@ -101,7 +101,7 @@ def _fleet(place: Path, env: Mapping[str, str]) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-async def _until_ready(http: httpx.AsyncClient, base_url: str) -> None:
+async def until_ready(http: httpx.AsyncClient, base_url: str) -> None:
     async with asyncio.timeout(60):
         while True:
             try:

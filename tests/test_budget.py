@@ -3,6 +3,8 @@
 from decimal import Decimal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from worker.resilience.budget import Budget, nano
 
@@ -116,3 +118,27 @@ def test_money_is_rounded_up_to_thousand_millionths_of_a_dollar():
     assert nano(Decimal("0.0000000001")) == 1
     assert nano(Decimal("1.5")) == 1_500_000_000
     assert nano(Decimal(-1)) == 0
+
+
+EVENTS = st.lists(st.tuples(st.sampled_from(["call", "call", "call", "hedge"]), st.integers(0, 5_000), st.integers(1, 400)), max_size=400)
+
+
+@given(EVENTS, st.integers(0, 40), st.integers(1, 400))
+def test_in_any_stretch_of_time_hedges_are_two_percent_of_the_calls_and_five_of_their_cost_beside_what_was_saved(events, calls, usual):
+    """X8. Stretches of ten minutes are among them: where one begins and ends is as free as the events are."""
+    budget, made = Budget(), []
+    for kind, cost, many in [("call", 20 * usual, 50 * calls), *events]:
+        if kind == "call":
+            earn(budget, many, cost=cost)
+            made += [("call", cost * many, many)]
+        elif budget.hedge(NOW, cost):
+            made += [("hedge", cost, 1)]
+    for start in range(len(made)):
+        hedges, spent, dearest, sent, earned = 0, 0, 0, 0, 0
+        for kind, cost, many in made[start:]:
+            if kind == "call":
+                sent, earned = sent + many, earned + cost
+                continue
+            hedges, spent, dearest = hedges + 1, spent + cost, max(dearest, cost)
+            assert hedges <= 10 + sent / 50 + 1e-6
+            assert spent <= 10 * dearest + earned / 20 + 1e-6

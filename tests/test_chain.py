@@ -29,7 +29,7 @@ from worker.chain import PARKED_S
 from worker.job import ChatRequest, Lane, new_id
 from worker.ledger import Asked, Claim
 from worker.providers.provider import Reply
-from worker.resilience.circuit import RULES
+from worker.resilience.breaker_rules import RULES
 from worker.resilience.gate import Ending, Gates, Limits
 from worker.signals import POLICIES, Billing, Signal, Verdict
 from worker.step import FAILOVER_S, LEAST_CALL_S, MOST_EXTRAS, RETRY_CAP_S
@@ -584,7 +584,7 @@ def test_an_earlier_attempt_with_all_others_denied_is_exhausted_not_parked(redis
 
 @pytest.mark.parametrize("signal", [signal for signal in Signal if POLICIES[signal].billing is Billing.UNKNOWN])
 def test_a_chain_that_parks_doubts_asks_nobody_after_a_call_that_may_have_been_billed(signal):
-    stage = Stage({"one": [failed(signal), answered()], "two": [answered()]}, route={"on_unknown": "park"})
+    stage = Stage({"one": [failed(signal), answered()], "two": [answered()]}, route={"on_unknown": "fail"})
     outcome, walk = walked(stage)
     assert outcome == Doubtful()
     assert stage.said("sent") == ["one"]
@@ -594,7 +594,7 @@ def test_a_chain_that_parks_doubts_asks_nobody_after_a_call_that_may_have_been_b
 @pytest.mark.parametrize("outcome", ["orphaned", "cancelled", "timed_out"])
 def test_nor_after_an_attempt_that_left_one_behind(outcome):
     asked = (Asked(provider="one", outcome=outcome, answer=None),)
-    for on_unknown, expected, sent in (("park", Doubtful(), []), ("retry", Answered(answered().answer), 1)):
+    for on_unknown, expected, sent in (("fail", Doubtful(), []), ("retry", Answered(answered().answer), 1)):
         stage = Stage({"one": [answered()], "two": [answered()]}, route={"on_unknown": on_unknown})
         assert walked(stage, asked=asked, fence=2)[0] == expected
         assert len(stage.said("sent")) == (sent or 0)
@@ -602,9 +602,9 @@ def test_nor_after_an_attempt_that_left_one_behind(outcome):
 
 def test_but_uses_the_answer_of_one_that_came_late_and_goes_on_after_free_failures():
     late = (Asked(provider="one", outcome="answered", answer=answered().answer), Asked(provider="two", outcome="orphaned", answer=None))
-    stage = Stage({"one": [answered()], "two": [answered()]}, route={"on_unknown": "park"})
+    stage = Stage({"one": [answered()], "two": [answered()]}, route={"on_unknown": "fail"})
     assert walked(stage, asked=late, fence=3)[0] == Answered(answered().answer)
-    stage = Stage({"one": [failed(Signal.OVERLOADED)], "two": [answered()]}, route={"on_unknown": "park"})
+    stage = Stage({"one": [failed(Signal.OVERLOADED)], "two": [answered()]}, route={"on_unknown": "fail"})
     assert walked(stage)[0] == Answered(answered().answer)
     assert stage.said("sent") == ["one", "two"]
 

@@ -173,7 +173,7 @@ def a_chain(**chain):
     [
         ({"strategy": "hedge", "providers": ["one"]}, 'strategy = "hedge" needs at least two providers'),
         ({"strategy": "race", "providers": ["one"]}, 'strategy = "race" needs at least two providers'),
-        ({"strategy": "race", "on_unknown": "park"}, 'strategy = "race" pays twice, on_unknown = "park" forbids it'),
+        ({"strategy": "race", "on_unknown": "fail"}, 'strategy = "race" pays twice, on_unknown = "fail" forbids it'),
         ({"hedge_dearer": True}, 'hedge_dearer means nothing without strategy = "hedge"'),
         ({"warm_share": 0.01, "providers": ["one"]}, "warm_share needs a second provider to keep warm"),
         ({"warm_share": 0.01, "strategy": "race"}, 'warm_share means nothing with strategy = "race", which asks all'),

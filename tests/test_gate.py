@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 from worker.errors import Unreachable
 from worker.job import Lane
 from worker.resilience import gate, gate_store
-from worker.resilience.circuit import RULES, Circuit, Look, Report
+from worker.resilience.breaker_rules import RULES
+from worker.resilience.circuit import Circuit, Look, Report
 from worker.resilience.gate import BreakerState, Denial, Ending, Extra, Gates, Health, Limits
 from worker.resilience.gate_store import key
 from worker.signals import Verdict

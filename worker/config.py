@@ -124,7 +124,7 @@ class ChainConfig(_Section):
     calls do, within a budget, and never one that costs over 1.5 times as much unless `hedge_dearer`; "race" asks all at once for
     8 s and takes the first answer: it pays for all. `degrade`: what is given when nobody answers, in this order.
     `on_unknown`: what becomes of a job when a call may have been answered and billed although no answer came. "retry" asks
-    on and may pay twice; "park" ends the job as failed, for a person to look at and requeue. `on_truncated`: whether an answer
+    on and may pay twice; "fail" ends the job as failed, for a person to look at and requeue. `on_truncated`: whether an answer
     that max_tokens cut off is taken or the next provider asked. `overflow`: bulk jobs go on to the next provider when the limits
     of one leave them no room; else they wait for it while it is well and their deadline is far. `warm_share`: of its jobs, so many
     ask one of the later providers first, so that an untried one is no surprise.
@@ -136,7 +136,7 @@ class ChainConfig(_Section):
     smaller: Name | None = None
     static_text: str | None = Field(None, min_length=1)
     cache: CacheConfig = CacheConfig()
-    on_unknown: Literal["retry", "park"] = "retry"
+    on_unknown: Literal["retry", "fail"] = "retry"
     on_truncated: Literal["accept", "next"] = "accept"
     overflow: bool = False
     warm_share: float = Field(0, ge=0, le=0.1)
@@ -155,7 +155,7 @@ class ChainConfig(_Section):
         several, asks_twice = len(self.providers) > 1, self.strategy != "ordered"
         rules = (
             (asks_twice and not several, f'strategy = "{self.strategy}" needs at least two providers'),
-            (asks_twice and self.on_unknown == "park", f'strategy = "{self.strategy}" pays twice, on_unknown = "park" forbids it'),
+            (asks_twice and self.on_unknown == "fail", f'strategy = "{self.strategy}" pays twice, on_unknown = "fail" forbids it'),
             (self.hedge_dearer and self.strategy != "hedge", 'hedge_dearer means nothing without strategy = "hedge"'),
             (self.warm_share > 0 and not several, "warm_share needs a second provider to keep warm"),
             (self.warm_share > 0 and self.strategy == "race", 'warm_share means nothing with strategy = "race", which asks all'),

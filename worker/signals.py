@@ -85,7 +85,7 @@ class Policy:
 _S, _F, _X = Verdict.SUCCESS, Verdict.FAILURE, Verdict.NEUTRAL
 _BILLED, _FREE, _UNKNOWN = Billing.BILLED, Billing.FREE, Billing.UNKNOWN
 
-POLICIES: Mapping[Signal, Policy] = {
+POLICIES: Mapping[str, Policy] = {
     Signal.ANSWERED: Policy(verdict=_S, next=Next.STOP, billing=_BILLED),
     Signal.MALFORMED: Policy(verdict=_F, next=Next.ONWARD, billing=_BILLED),
     Signal.UNFIT: Policy(verdict=_S, next=Next.ONWARD, billing=_BILLED, hopeless=True),
@@ -115,4 +115,4 @@ _SILENT = Policy(verdict=_X, next=Next.ONWARD, billing=_FREE)
 
 def policy(outcome: str) -> Policy:
     """Of a signal by its value; of any other word (why a provider was not asked) one from which nothing follows."""
-    return next((policy for signal, policy in POLICIES.items() if signal == outcome), _SILENT)
+    return POLICIES.get(outcome, _SILENT)

@@ -9,7 +9,8 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.resilience.circuit import RULES, BreakerState, Circuit, Look, Report
+from worker.resilience.breaker_rules import RULES
+from worker.resilience.circuit import BreakerState, Circuit, Look, Report
 from worker.resilience.gate_store import SCRIPT, key
 from worker.signals import Verdict
 

@@ -113,11 +113,11 @@ def x3_who_has_no_larger_window_is_not_asked_after_one_was_too_small(story: Stor
 
 def doubtful(story: Story) -> bool:
     signals = {call.signal.value for call in story.walk.calls} | {word for _, word in story.play.asked}
-    return story.play.on_unknown == "park" and bool(signals & DOUBTFUL)
+    return story.play.on_unknown == "fail" and bool(signals & DOUBTFUL)
 
 
 def x3_in_doubt_nobody_is_asked(story: Story) -> None:
-    if story.play.on_unknown == "park":
+    if story.play.on_unknown == "fail":
         for before, _ in itertools.combinations(story.walk.calls, 2):
             assert before.signal not in DOUBTFUL
         if any(word in DOUBTFUL for _, word in story.play.asked):
@@ -160,7 +160,7 @@ def x5_who_would_answer_is_asked(story: Story) -> None:
     )
     patient = play.lane is Lane.BULK and not play.overflow and any(part.gate in ROOM for part in play.parts)
     slack = 1 + 20 * (play.books_s + play.gate_s)
-    free = left_alone(play) and not (refused or windows or patient or play.on_unknown == "park")
+    free = left_alone(play) and not (refused or windows or patient or play.on_unknown == "fail")
     if free and play.remaining_s >= 2 * len(play.parts) + slack and any(_could_answer(play, name) for name in play.names):
         assert isinstance(story.outcome, Answered)
         assert story.outcome.answer.degraded is None

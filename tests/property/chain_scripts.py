@@ -66,7 +66,7 @@ def _drawn(draw):
         "lane": draw(st.sampled_from(Lane)),
         "remaining_s": draw(st.sampled_from([20, 100, 5000])),
         "opened": draw(st.none() | st.integers(0, len(parts) - 1)),
-        "on_unknown": draw(st.sampled_from(["retry", "retry", "retry", "park"])) if strategy == "ordered" else "retry",
+        "on_unknown": draw(st.sampled_from(["retry", "retry", "retry", "fail"])) if strategy == "ordered" else "retry",
         "on_truncated": draw(st.sampled_from(["accept", "next"])),
         "overflow": draw(st.booleans()),
         "hedge_dearer": strategy == "hedge" and draw(st.booleans()),

@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from worker.resilience import budget as budgets
 from worker.resilience import histogram, limits
+from worker.resilience.breaker_rules import RULES
 from worker.resilience.budget import Budget
-from worker.resilience.circuit import RULES, BreakerState, Circuit
+from worker.resilience.circuit import BreakerState, Circuit
 from worker.resilience.gate_store import KEYS, admit_argument, key, keys, report_argument, to_answers, wire
 from worker.resilience.limits import Limits, Meter
 from worker.resilience.local import Answer, Ask, LocalGate, Tell

@@ -12,7 +12,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from worker.resilience import gate_store
-from worker.resilience.circuit import RULES
+from worker.resilience.breaker_rules import RULES
 from worker.resilience.gate import Ending, Gates
 from worker.resilience.gate_store import key
 from worker.signals import Verdict

@@ -27,8 +27,9 @@ from worker.grouping import Group
 from worker.job import Lane
 from worker.resilience import histogram
 from worker.resilience.admission import Admission, Denial, Ending, Extra
+from worker.resilience.breaker_rules import RULES
 from worker.resilience.budget import nano
-from worker.resilience.circuit import RULES, BreakerState
+from worker.resilience.circuit import BreakerState
 from worker.resilience.gate_store import TROUBLE, GateStore, Sight, Snapshot
 from worker.resilience.health import Health, Status, describe
 from worker.resilience.limits import Limits
@@ -44,7 +45,6 @@ LATENCIES_KEPT_MS = 10_000
 LEAST_SAMPLES = 200  # fewer say nothing about a 95th percentile
 LEAST_P95_S = 1.0
 _COSTS = {None: 0, Extra.RETRY: 1, Extra.AFTER_TIMEOUT: 2}
-
 T = TypeVar("T")
 _log = structlog.get_logger()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
-from worker.resilience import budget, circuit, histogram, limits
+from worker.resilience import breaker_rules, budget, histogram, limits
 from worker.resilience.admission import Denial
 from worker.resilience.circuit import BreakerState, Circuit, Force, Look
 from worker.resilience.limits import Limits, Meter
@@ -28,7 +28,7 @@ KEYS = ("breaker", "limits", "flying", "budget", "latency")
 
 def _script() -> str:
     """The rules as numbers, then each part as a function, then what calls them."""
-    rules = circuit.RULES._asdict() | limits.RULES._asdict() | budget.RULES._asdict()
+    rules = breaker_rules.RULES._asdict() | limits.RULES._asdict() | budget.RULES._asdict()
     rules |= {"ramp_wait_ms": RAMP_WAIT_MS, "period_ms": histogram.PERIOD_MS, "periods": histogram.PERIODS}
     texts = {name: Path(__file__).with_name(f"{name}.lua").read_text("utf-8") for name in ("circuit", "limits", "budget", "gate")}
     parts = {"circuit_of": texts["circuit"], "meter_of": texts["limits"], "budget_of": texts["budget"]}

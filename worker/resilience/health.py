@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from worker.resilience.circuit import RULES, BreakerState, Circuit, Look
+from worker.resilience.breaker_rules import RULES
+from worker.resilience.circuit import BreakerState, Circuit, Look
 from worker.resilience.gate_store import Snapshot
 from worker.resilience.limits import Bucket
 

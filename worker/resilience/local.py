@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from worker.resilience import histogram
 from worker.resilience.admission import Admission, Denial, Ending, Extra
+from worker.resilience.breaker_rules import RULES
 from worker.resilience.budget import Budget, nano
-from worker.resilience.circuit import RULES, BreakerState, Circuit, Look, Report
+from worker.resilience.circuit import BreakerState, Circuit, Look, Report
 from worker.resilience.limits import STRAINED, Limits, Meter, Settling
 from worker.signals import Verdict
 
