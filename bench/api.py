@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import aiohttp
 import click
 import httpx
 from sqlalchemy import text
@@ -87,16 +88,19 @@ def _measured(size: Size, place: Path) -> dict[str, Any]:
 async def _all(size: Size, place: Path, urls: Mapping[str, str], pid: int) -> dict[str, Any]:
     async with connections(Settings()) as open_:
         key = (await keys.create(open_.db, name="bench")).secret
-        most = httpx.Limits(max_connections=size.waiters + 50)
-        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=120, limits=most) as http:
+        async with httpx.AsyncClient() as plain:
             for url in urls.values():
-                await until_ready(http, url)
+                await until_ready(plain, url)
+        # Not httpx, whose pool looks at each of a thousand connections for each request.
+        async with aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {key}"}, connector=aiohttp.TCPConnector(limit=0), raise_for_status=True
+        ) as http:
             polls = await _polls(size, open_, http, urls)
             waiting = await _waiting(size, open_, http, urls["api"], pid)
             return {"polls": polls, "waiting": waiting, "file": await _file(size, http, urls["api"], place, pid)}
 
 
-async def _polls(size: Size, open_: Connections, http: httpx.AsyncClient, urls: Mapping[str, str]) -> dict[str, Any]:
+async def _polls(size: Size, open_: Connections, http: aiohttp.ClientSession, urls: Mapping[str, str]) -> dict[str, Any]:
     job_id = (await _jobs(open_, 1))[0]
     await cancel(open_.db, job_ids=[job_id])
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in urls}
@@ -109,14 +113,15 @@ async def _polls(size: Size, open_: Connections, http: httpx.AsyncClient, urls: 
     return {name: {"p50_ms": median(p50 for p50, _ in of), "p99_ms": median(p99 for _, p99 in of)} for name, of in took.items()}
 
 
-async def _round(http: httpx.AsyncClient, url: str, length_s: float) -> tuple[float, float]:
+async def _round(http: aiohttp.ClientSession, url: str, length_s: float) -> tuple[float, float]:
     """Median and 99th percentile in ms of requests that leave at RATE, whether or not earlier ones have been answered."""
     took: list[float] = []
     began_s = time.perf_counter()
 
     async def one(due_s: float) -> None:
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        (await http.get(url)).raise_for_status()
+        async with http.get(url) as answer:
+            await answer.read()
         took.append((time.perf_counter() - due_s) * 1000)
 
     async with asyncio.TaskGroup() as requests:
@@ -125,7 +130,7 @@ async def _round(http: httpx.AsyncClient, url: str, length_s: float) -> tuple[fl
     return median(took), quantiles(took, n=100, method="inclusive")[98]
 
 
-async def _waiting(size: Size, open_: Connections, http: httpx.AsyncClient, url: str, pid: int) -> dict[str, Any]:
+async def _waiting(size: Size, open_: Connections, http: aiohttp.ClientSession, url: str, pid: int) -> dict[str, Any]:
     """All wait for a job of their own at once; then all of these end in one statement."""
     _say(f"{size.waiters} wait at once")
     before_mb = processes.tree_rss_mb(pid)
@@ -133,7 +138,8 @@ async def _waiting(size: Size, open_: Connections, http: httpx.AsyncClient, url:
     ended: list[float] = []
 
     async def wait(job_id: Any) -> str:
-        state: str = (await http.get(f"{url}/v1/jobs/{job_id}?wait=60")).raise_for_status().json()["state"]
+        async with http.get(f"{url}/v1/jobs/{job_id}?wait=60") as answer:
+            state: str = (await answer.json())["state"]
         ended.append(time.perf_counter())
         return state
 
@@ -153,19 +159,22 @@ async def _waiting(size: Size, open_: Connections, http: httpx.AsyncClient, url:
     }
 
 
-async def _file(size: Size, http: httpx.AsyncClient, url: str, place: Path, pid: int) -> dict[str, Any]:
+async def _file(size: Size, http: aiohttp.ClientSession, url: str, place: Path, pid: int) -> dict[str, Any]:
     file = place / "lines.jsonl"
     with file.open("w") as out:
         out.writelines(_line(n, size.line_bytes) for n in range(size.lines))
     _say(f"a file of {file.stat().st_size / 1e6:.0f} MB up and down")
     before_mb, began_s = processes.tree_rss_mb(pid), time.perf_counter()
     async with _peak_mb(pid) as seen_mb:
+        form = aiohttp.FormData({"purpose": "batch"})
         with file.open("rb") as content:
-            answer = await http.post(f"{url}/v1/files", data={"purpose": "batch"}, files={"file": (file.name, content)})
+            form.add_field("file", content, filename=file.name)
+            async with http.post(f"{url}/v1/files", data=form) as answer:
+                file_id = (await answer.json())["id"]
         up_s = time.perf_counter() - began_s
-        file_id, began_s, size_back = answer.raise_for_status().json()["id"], time.perf_counter(), 0
-        async with http.stream("GET", f"{url}/v1/files/{file_id}/content") as response:
-            async for piece in response.raise_for_status().aiter_bytes():
+        began_s, size_back = time.perf_counter(), 0
+        async with http.get(f"{url}/v1/files/{file_id}/content") as response:
+            async for piece in response.content.iter_any():
                 size_back += len(piece)
         down_s = time.perf_counter() - began_s
     return {
