@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RIVALS := .venv-rivals
+SDKS := .venv-openai-1 .venv-openai-2
 UV := env -u PIP_INDEX_URL -u PIP_EXTRA_INDEX_URL -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null UV_NO_CONFIG=1 \
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock" --quiet
@@ -16,7 +17,7 @@ help: ## this list
 demo: $(READY) ## 240 tickets through three simulated providers, with the bill
 	@$(BIN)/backstop demo
 
-test: $(READY) ## all tests, on a real Postgres and a real Valkey
+test: $(READY) $(SDKS:=/.ready) ## all tests, on a real Postgres and a real Valkey
 	@$(BIN)/pytest --numprocesses auto --dist loadfile
 
 soak: $(READY) ## 20,000 jobs under kills and broken servers; options: make soak SOAK="--seed 7 --short"
@@ -47,9 +48,10 @@ lock: $(READY) ## new lock files from pyproject.toml
 	@$(UV) --output-file requirements.lock
 	@$(UV) --all-extras --group dev --output-file requirements-dev.lock
 	@$(subst pyproject.toml,bench/requirements-rivals.in,$(UV)) --output-file bench/requirements-rivals.lock
+	@for sdk in openai-1 openai-2; do $(subst pyproject.toml,tests/sdk/$$sdk.in,$(UV)) --output-file tests/sdk/$$sdk.lock || exit 1; done
 
 clean: ## without the environment and all data
-	@rm -rf $(VENV) $(RIVALS) .backstop .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(RIVALS) $(SDKS) .backstop .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY): requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Backstop needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
@@ -63,4 +65,10 @@ $(RIVALS)/.ready: bench/requirements-rivals.lock
 	@echo "Setting up $(RIVALS), for the rivals alone" >&2
 	@$(PYTHON) -m venv $(RIVALS)
 	@$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r bench/requirements-rivals.lock
+	@touch $@
+
+$(SDKS:=/.ready): .venv-%/.ready: tests/sdk/%.lock
+	@echo "Setting up .venv-$*, for the tests with that openai SDK alone" >&2
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
+from starlette.middleware.exceptions import ExceptionMiddleware
 
 import worker
 from api import batches, chat, figures, file_batches, files, health, jobs, models, problems, webhooks
+from api.admission import Admission
+from api.auth import Doorkeeper
 from api.envelope import Envelope
+from api.follow import Looks
 from api.parts import Parts
-from worker import config, wiring
+from worker import config, keys, reads, wiring
+from worker.grouping import Group
 from worker.settings import Settings, read_settings
 from worker.waiting import Endings
 
@@ -30,14 +36,7 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
             opened = connections
             if opened is None:
                 opened = await stack.enter_async_context(wiring.connections(chosen, configured))
-            app.state.parts = Parts(
-                config=configured,
-                db=opened.db,
-                redis=opened.redis,
-                gates=opened.gates,
-                publish=opened.publish,
-                endings=await stack.enter_async_context(Endings(opened.db, opened.redis)),
-            )
+            app.state.parts = await _parts(stack, opened, configured, chosen)
             yield
 
     app = FastAPI(
@@ -48,7 +47,26 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
         redoc_url=None,
     )
     problems.install(app)
+    # From the inside out: what the doorkeeper raises is answered like what a route raises.
+    app.add_middleware(Doorkeeper)
+    app.add_middleware(ExceptionMiddleware, handlers=app.exception_handlers)
     app.add_middleware(Envelope)
     for resource in (jobs, batches, figures, webhooks, files, file_batches, chat, models, health):
         app.include_router(resource.router)
     return app
+
+
+async def _parts(stack: AsyncExitStack, opened: wiring.Connections, configured: config.Config, settings: Settings) -> Parts:
+    return Parts(
+        config=configured,
+        db=opened.db,
+        redis=opened.redis,
+        gates=opened.gates,
+        publish=opened.publish,
+        endings=await stack.enter_async_context(Endings(opened.db, opened.redis)),
+        webhooks_private=settings.webhooks_private,
+        looks=Looks(opened.db),
+        admission=Admission(opened.db, settings.max_queued),
+        callers=Group(partial(keys.verify_all, opened.db)),
+        jobs=Group(partial(reads.job_views, opened.db)),
+    )

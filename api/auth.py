@@ -1,36 +1,61 @@
-"""Who is calling: `Authorization: Bearer KEY`, always."""
+"""Who is calling: `Authorization: Bearer KEY`, always (RFC 6750)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import Depends, HTTPException
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, HTTPException, Request
+from fastapi.security import HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as Connection
 
-from api.parts import Opened
+from api.parts import Parts
+from api.rate import Meter
 from worker import keys
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, as `backstop keys create` prints it.")
 
 
-async def authenticated(parts: Opened, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> keys.Caller:
+class Doorkeeper:
+    """Nobody without a key that works gets past it under /v1: no body is read, no path looked up, nothing told of what there is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._meter = Meter()
+
+    async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            request = Request(scope)
+            caller = request.state.caller = await _caller(request)
+            send = await self._meter.counted(request.app.state.parts.redis, caller, send)
+        await self._app(scope, receive, send)
+
+
+async def _caller(request: Request) -> keys.Caller:
     """The holder of the key; 401 without one that works."""
-    if credentials is None:
+    scheme, secret = get_authorization_scheme_param(request.headers.get("authorization"))
+    if scheme.lower() != "bearer" or not secret:
         raise HTTPException(401, "send your API key as `Authorization: Bearer KEY`", {"WWW-Authenticate": "Bearer"})
-    caller = await keys.verify(parts.db, credentials.credentials)
+    parts = request.app.state.parts
+    assert isinstance(parts, Parts)
+    caller = await parts.callers.ask(secret)
     if caller is None:
         challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
         raise HTTPException(401, "this API key is not known here, or it was revoked", challenge)
     return caller
 
 
-def allowed(scope: keys.Scope) -> Callable[[keys.Caller], keys.Caller]:
+def allowed(scope: keys.Scope) -> Callable[[Request, object], keys.Caller]:
     """The holder of a key that may do this; 403 for one that may not."""
 
-    def check(caller: Annotated[keys.Caller, Depends(authenticated)]) -> keys.Caller:
+    def check(request: Request, documented: Annotated[object, Depends(_BEARER)]) -> keys.Caller:
+        caller = request.state.caller
+        assert isinstance(caller, keys.Caller)
         if scope not in caller.scopes:
-            raise HTTPException(403, f"this API key may not {scope}: use one with the scope `{scope}`")
+            challenge = {"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'}
+            raise HTTPException(403, f"this API key may not {scope}: use one with the scope `{scope}`", challenge)
         return caller
 
     return check

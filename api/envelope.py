@@ -15,6 +15,7 @@ from api.problems import problem
 from worker.job import new_id
 
 MAX_BODY_BYTES = 1024 * 1024
+MAX_FILE_BYTES = 200 * 1024 * 1024  # as OpenAI's, for a batch
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _log = structlog.get_logger()
@@ -35,7 +36,7 @@ class Envelope:
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id().hex
         scope.setdefault("state", {})["request_id"] = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._serve(scope, self._bounded(receive), _signed(send, request_id))
+            await self._serve(scope, self._bounded(scope, receive), _signed(send, request_id))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -56,15 +57,17 @@ class Envelope:
             answer = problem(Request(scope), 500, "something went wrong here; the log knows more under this request_id")
             await answer(scope, receive, send)
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        """Of a form with a file, what is no file is bounded like any other body."""
+        most = self._max_body_bytes + (MAX_FILE_BYTES if scope["path"] == "/v1/files" else 0)
         size = 0
 
         async def bounded() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._max_body_bytes:
-                raise HTTPException(413, f"a request may have {self._max_body_bytes} bytes at most")
+            if size > most:
+                raise HTTPException(413, f"a request may have {most} bytes at most")
             return message
 
         return bounded

@@ -1,49 +1,58 @@
-"""Jobs: submit, wait, list, cancel, and what was called for them."""
+"""Jobs: submit, wait, follow, list, cancel, requeue, and what was called for them."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from sqlalchemy.ext.asyncio import AsyncEngine
+from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, Field
 
+from api import follow
 from api.auth import Reads, Submits
 from api.batches import known_batch
+from api.examples import JOB_EVENTS
 from api.parts import Opened, Parts
 from api.problems import documented
 from api.schemas import CallList, CallOut, JobIn, JobOut, JobPage
 from worker import intervene, reads, waiting
 from worker.batchlines import chat_request
 from worker.errors import NotFound, UsageError
-from worker.job import ChatRequest, JobState
+from worker.job import ChatRequest, JobState, Lane
 from worker.selection import Selection
 from worker.submit import NewJob, submit
 from worker.views import JobView
 
 MAX_WAIT_S = 60.0
 
-router = APIRouter(prefix="/v1", responses=documented(401, 422, 503))
+router = APIRouter(prefix="/v1", tags=["jobs"], responses=documented(401, 403, 422, 503))
 
 Wait = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Seconds to wait for its end, 60 at most.")]
+Prefer = Annotated[str, Header(description="`wait=N` in seconds, or `respond-async`, as in RFC 7240.")]
 IdempotencyKey = Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")]
+_Word = Annotated[str | None, Field(max_length=512, pattern=r"^[^\x00]*$")]
+
+_WAITED: dict[int | str, dict[str, Any]] = {200: {"model": JobOut, "description": "It was waited for, and has ended"}}
+_STOPPING: dict[int | str, dict[str, Any]] = {202: {"model": JobOut, "description": "It runs, and is stopped unless it succeeds first"}}
 
 
-@router.post("/jobs", status_code=202, tags=["jobs"], responses={200: {"model": JobOut}, **documented(413)})
+@router.post("/jobs", status_code=202, responses={**_WAITED, **documented(400, 413, 429)})
 async def submit_job(
     body: JobIn,
-    request: Request,
     response: Response,
     caller: Submits,
     parts: Opened,
     wait: Wait = 0,
-    prefer: Annotated[str, Header(description="`wait=N` as in RFC 7240")] = "",
+    prefer: Prefer = "",
     idempotency_key: IdempotencyKey = None,
 ) -> JobOut:
     """Accepted is kept: 202 means that the job will end. 200 when it was waited for and has ended.
 
-    The same `Idempotency-Key` with the same request gives the same job; with another request it is a 422.
+    The same `Idempotency-Key` with the same request gives the same job, `Idempotent-Replayed: true`; with another
+    request it is a 422. Two at once are one job as well: the second waits in Postgres for the first one's commit, so
+    that there is no 409. 429: too many interactive jobs of the tenant are queued (`BACKSTOP_MAX_QUEUED`).
     """
     parts.config.chain(body.chain)
     new = NewJob(
@@ -55,12 +64,17 @@ async def submit_job(
         idempotency_key=idempotency_key,
         metadata=body.metadata,
     )
+    if new.lane is Lane.INTERACTIVE:
+        await parts.admission.admit(caller.tenant)
     submitted = await submit(parts.db, parts.publish, new)
-    preferred_s = _preferred_wait_s(prefer)
-    wait_s = preferred_s if preferred_s is not None else wait
+    wait_s = _wait_s(response, prefer, wait)
     job = await _awaited(parts, submitted.job_id, caller.tenant, wait_s)
     response.status_code = 200 if wait_s and job.ended else 202
-    response.headers.update(_submitted_headers(job, preferred_s, submitted.replayed, again=response.status_code == 202))
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    if response.status_code == 202:
+        response.headers["Retry-After"] = "1"
+    if submitted.replayed:
+        response.headers["Idempotent-Replayed"] = "true"
     return JobOut.of(job)
 
 
@@ -71,32 +85,46 @@ def _checked(body: JobIn) -> ChatRequest:
         raise UsageError(str(error)) from None
 
 
-def _submitted_headers(job: JobView, preferred_s: float | None, replayed: bool, *, again: bool) -> dict[str, str]:
-    headers = {"Location": f"/v1/jobs/{job.id}"}
-    if again:
-        headers["Retry-After"] = "1"
-    if preferred_s is not None:
-        headers["Preference-Applied"] = f"wait={preferred_s:g}"
-    if replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return headers
+class Wanted(BaseModel):
+    """Jobs for which everything holds that is given."""
+
+    cursor: UUID | None = None
+    limit: int = Field(50, ge=1, le=100)
+    state: JobState | None = None
+    lane: Lane | None = None
+    batch: _Word = Field(None, description="Name or id of a batch.")
+    chain: _Word = None
+    code: _Word = Field(None, description="The code of its error.")
+    custom_id: _Word = None
+    since: _Word = Field(None, description="Ended, or submitted if it has not ended, so long ago or less: a number and m, h, d or w.")
+
+    def selection(self) -> Selection:
+        """Raises UsageError when `since` is no span of time."""
+        since = None if self.since is None else reads.ago(self.since)
+        return Selection(state=self.state, code=self.code, chain=self.chain, since=since)
 
 
-@router.get("/jobs", tags=["jobs"], responses=documented(404))
+@router.get("/jobs", responses=documented(404))
 async def list_jobs(
     request: Request,
     response: Response,
     caller: Reads,
     parts: Opened,
-    cursor: UUID | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 50,
-    state: JobState | None = None,
-    batch: Annotated[str | None, Query(description="Name or id of a batch.")] = None,
+    which: Annotated[Wanted, Query()],
 ) -> JobPage:
     """Jobs, newest first. `cursor` is the `next_cursor` of the page before; `Link: rel="next"` says the same."""
-    batch_id = (await known_batch(parts.db, batch, caller.tenant)).id if batch is not None else None
-    which = Selection(state=state)
-    found = await reads.jobs(parts.db, which=which, tenant=caller.tenant, batch_id=batch_id, before=cursor, limit=limit + 1)
+    limit = which.limit
+    batch_id = (await known_batch(parts.db, which.batch, caller.tenant)).id if which.batch is not None else None
+    found = await reads.jobs(
+        parts.db,
+        which=which.selection(),
+        tenant=caller.tenant,
+        batch_id=batch_id,
+        lane=which.lane,
+        custom_id=which.custom_id,
+        before=which.cursor,
+        limit=limit + 1,
+    )
     page, has_more = found[:limit], len(found) > limit
     next_cursor = str(page[-1].id) if has_more else None
     if next_cursor is not None:
@@ -104,33 +132,68 @@ async def list_jobs(
     return JobPage(data=[JobOut.of(job) for job in page], has_more=has_more, next_cursor=next_cursor)
 
 
-@router.get("/jobs/{job_id}", tags=["jobs"], responses=documented(404))
-async def get_job(job_id: str, response: Response, caller: Reads, parts: Opened, wait: Wait = 0) -> JobOut:
-    """The job as it stands; with `wait`, as soon as it has ended or the time is over."""
-    job = await _job(parts.db, job_id, caller.tenant)
-    if wait and not job.ended:
-        job = await _awaited(parts, job.id, caller.tenant, wait)
+@router.get("/jobs/{job_id}", responses=documented(404))
+async def get_job(job_id: str, response: Response, caller: Reads, parts: Opened, wait: Wait = 0, prefer: Prefer = "") -> JobOut:
+    """The job as it stands; with `wait` or `Prefer: wait=N`, as soon as it has ended or the time is over."""
+    job = await _job(parts, job_id, caller.tenant)
+    wait_s = _wait_s(response, prefer, wait)
+    if wait_s and not job.ended:
+        job = await _awaited(parts, job.id, caller.tenant, wait_s)
     if not job.ended:
         response.headers["Retry-After"] = "1"
     return JobOut.of(job)
 
 
-@router.post("/jobs/{job_id}/cancel", tags=["jobs"], responses={202: {"model": JobOut}, **documented(404)})
+@router.get(
+    "/jobs/{job_id}/events", response_class=StreamingResponse, responses={**follow.documented_events(JOB_EVENTS), **documented(404)}
+)
+async def job_events(
+    job_id: str,
+    caller: Reads,
+    parts: Opened,
+    last_event_id: Annotated[str | None, Header(pattern=follow.JOB_EVENT_ID, description="What was seen last.")] = None,
+) -> Response:
+    """Server-sent events, named by the state the job is in, the last by how it ended, with the whole job.
+
+    It is looked at once a second: a state that was over sooner may not be told.
+    """
+    job = await _job(parts, job_id, caller.tenant)
+
+    async def pause() -> None:
+        await parts.endings.wait([job.id], follow.until_next_look_s())
+
+    return await follow.followed(lambda: parts.looks.job(job.id), pause, last_event_id)
+
+
+@router.post("/jobs/{job_id}/cancel", responses={**_STOPPING, **documented(404)})
 async def cancel_job(job_id: str, response: Response, caller: Submits, parts: Opened) -> JobOut:
     """200: it has ended, cancelled now or otherwise before. 202: it runs, and is stopped unless it succeeds first."""
-    job = await _job(parts.db, job_id, caller.tenant)
+    job = await _job(parts, job_id, caller.tenant)
     cancelled = await intervene.cancel(parts.db, job_ids=[job.id], tenant=caller.tenant)
     if cancelled.cancelled:
         await waiting.announce(parts.redis, [job.id])
-    job = await _job(parts.db, job_id, caller.tenant)
+    job = await _job(parts, job_id, caller.tenant)
     response.status_code = 200 if job.ended else 202
     return JobOut.of(job)
 
 
-@router.get("/jobs/{job_id}/calls", tags=["jobs"], responses=documented(404))
+@router.post("/jobs/{job_id}/requeue", status_code=202, responses=documented(404, 409))
+async def requeue_job(job_id: str, response: Response, caller: Submits, parts: Opened) -> JobOut:
+    """A job that ended without an answer is queued once more, with its full time. What its calls have cost stays spent.
+
+    409: it has not ended, it was answered, or it never was a request that could be sent.
+    """
+    job = await _job(parts, job_id, caller.tenant)
+    if not await intervene.requeue(parts.db, job_ids=[job.id]):
+        raise HTTPException(409, f"the job is {job.state}: only one that ended without an answer, and can be sent, is queued again")
+    response.headers.update({"Location": f"/v1/jobs/{job.id}", "Retry-After": "1"})
+    return JobOut.of(await _job(parts, job_id, caller.tenant))
+
+
+@router.get("/jobs/{job_id}/calls", responses=documented(404))
 async def list_calls(job_id: str, caller: Reads, parts: Opened) -> CallList:
     """Every HTTP request sent to a provider for this job: whom it asked, how it ended, how long it took, its cost."""
-    job = await _job(parts.db, job_id, caller.tenant)
+    job = await _job(parts, job_id, caller.tenant)
     return CallList(data=[CallOut.of(call) for call in await reads.calls(parts.db, job.id)])
 
 
@@ -138,13 +201,13 @@ async def _awaited(parts: Parts, job_id: UUID, tenant: str, wait_s: float) -> Jo
     """The job once it has ended or the time is over; no database connection is held meanwhile."""
     if wait_s:
         await parts.endings.wait([job_id], min(wait_s, MAX_WAIT_S))
-    return await _job(parts.db, job_id, tenant)
+    return await _job(parts, job_id, tenant)
 
 
-async def _job(db: AsyncEngine, job_id: UUID | str, tenant: str) -> JobView:
+async def _job(parts: Parts, job_id: UUID | str, tenant: str) -> JobView:
     known = job_id if isinstance(job_id, UUID) else reads.uuid_or_none(job_id)
-    job = await reads.job(db, known, tenant) if known else None
-    if job is None:
+    job = await parts.jobs.ask(known) if known else None
+    if job is None or job.tenant != tenant:
         raise NotFound("there is no job of that id")
     return job
 
@@ -152,11 +215,14 @@ async def _job(db: AsyncEngine, job_id: UUID | str, tenant: str) -> JobView:
 _PREFERENCE = re.compile(r"(?:^|[,;])\s*(respond-async|wait\s*=\s*\"?(\d{1,9})\"?)\s*(?=$|[,;])", re.IGNORECASE)
 
 
-def _preferred_wait_s(prefer: str) -> float | None:
-    """The seconds of `wait=N` (RFC 7240), 60 at most; 0 for respond-async, None when neither is asked for."""
-    wait_s = None
+def _wait_s(response: Response, prefer: str, wait_s: float) -> float:
+    """The seconds of `wait=N` (RFC 7240), 60 at most, 0 for respond-async, and says that it was heard; else `wait_s`.
+
+    What else stands in the header is ignored, as that RFC wants it.
+    """
     for match in _PREFERENCE.finditer(prefer):
+        wait_s = 0 if match[2] is None else min(float(match[2]), MAX_WAIT_S)
+        response.headers["Preference-Applied"] = "respond-async" if match[2] is None else f"wait={wait_s:g}"
         if match[2] is None:
-            return 0
-        wait_s = min(float(match[2]), MAX_WAIT_S)
+            break
     return wait_s

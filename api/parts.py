@@ -1,17 +1,26 @@
-"""What the routes work with, opened once by the app's lifespan."""
+"""What the routes work with, opened once by the app's lifespan.
+
+What each request has to look up, its key and its job, those that come at the same time look up together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import Depends, Request
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from api.admission import Admission
+from api.follow import Looks
 from worker.config import Config
 from worker.dispatch import Publish
+from worker.grouping import Group
+from worker.keys import Caller
 from worker.resilience.gate import Gates
+from worker.views import JobView
 from worker.waiting import Endings
 
 
@@ -23,6 +32,11 @@ class Parts:
     gates: Gates
     publish: Publish
     endings: Endings
+    webhooks_private: bool
+    looks: Looks
+    admission: Admission
+    callers: Group[str, Caller | None]
+    jobs: Group[UUID, JobView | None]
 
 
 def _parts(request: Request) -> Parts:

@@ -1,4 +1,4 @@
-"""Errors of the native routes, as RFC 9457 problems."""
+"""Errors: RFC 9457 problems on the native routes, OpenAI's envelope on its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
+from api import openai_errors
 from worker.errors import BackstopError, NotFound, Unreachable, Unreadable
 
 MEDIA_TYPE = "application/problem+json"
@@ -42,7 +44,10 @@ class Problem(BaseModel):
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of the problems a route answers with."""
-    content = {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    schema = Problem.model_json_schema()
+    fault = schema.pop("$defs")["Fault"]  # a reference would lead nowhere in the document this becomes a part of
+    schema["properties"]["errors"]["anyOf"][0]["items"] = fault
+    content = {MEDIA_TYPE: {"schema": schema}}
     return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
@@ -55,7 +60,9 @@ def problem(
     errors: list[Fault] | None = None,
     reasons: list[str] | None = None,
 ) -> Response:
-    """The answer to a request that could not be served."""
+    """The answer to a request that could not be served; on an OpenAI route in its envelope, where a 422 is a 400."""
+    if openai_errors.speaks_openai(request.url.path):
+        return _openai(status, detail, headers, errors)
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,
@@ -68,8 +75,20 @@ def problem(
     return Response(json.dumps(body.model_dump(exclude_none=True)), status, headers, MEDIA_TYPE)
 
 
+def _openai(status: int, detail: str, headers: Mapping[str, str] | None, errors: list[Fault] | None) -> Response:
+    """It names one field; of JSON that cannot be read, none."""
+    param = None
+    if errors:
+        place, _, name = errors[0].field.partition(".")
+        param = name if name and not name.isdecimal() else None
+        detail = f"{param or place}: {errors[0].message}"
+    error = openai_errors.OpenAIError(400 if status == 422 else status, detail, param=param, headers=headers)
+    return openai_errors.answer(error)
+
+
 def install(app: FastAPI) -> None:
-    """Every error of this app leaves as a problem."""
+    """Every error of this app leaves as a problem, or in OpenAI's envelope."""
+    app.add_exception_handler(openai_errors.OpenAIError, openai_errors.answered)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(BackstopError, _mistake)
@@ -79,7 +98,18 @@ def install(app: FastAPI) -> None:
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return problem(request, error.status_code, str(error.detail), headers=error.headers)
+    detail = str(error.detail)
+    if detail == HTTPStatus.NOT_FOUND.phrase:  # Starlette's own, of a path without a route
+        detail = f"there is no {request.method} {request.url.path[:200]} here"
+    headers = {"Allow": ", ".join(_methods(request))} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else error.headers
+    return problem(request, error.status_code, detail, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What can be done at this path; the router itself names the methods of the first route only."""
+    templates: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    fitting = [methods for path, methods in templates.items() if compile_path(path)[0].match(request.url.path)]
+    return sorted({method.upper() for methods in fitting for method in methods})
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

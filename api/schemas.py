@@ -10,9 +10,10 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
 
+from api import examples
 from worker.export import ExportRow
 from worker.job import Answer, JobState, Lane
-from worker.views import CallView, JobView
+from worker.views import BatchView, CallView, JobView
 
 MAX_DEADLINE_S = 7 * 24 * 3600
 _MAX_DEPTH = 32
@@ -80,7 +81,7 @@ class ResultOut(BaseModel):
 class JobOut(BaseModel):
     """A job. `cost_usd` sums its calls, but for `unknown_calls` of them whose cost is not known."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.JOB})
 
     id: UUID
     state: JobState
@@ -107,6 +108,8 @@ class JobOut(BaseModel):
 class JobPage(BaseModel):
     """Newest first. `next_cursor` asks for the page behind this one."""
 
+    model_config = ConfigDict(json_schema_extra={"example": examples.JOB_PAGE})
+
     data: list[JobOut]
     has_more: bool
     next_cursor: str | None
@@ -115,7 +118,7 @@ class JobPage(BaseModel):
 class CallOut(BaseModel):
     """One HTTP request to a provider; `outcome` null is under way. `estimated`: it counted no tokens, so we did."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.CALL})
 
     id: UUID
     provider: str
@@ -143,13 +146,20 @@ class CallOut(BaseModel):
 
 
 class CallList(BaseModel):
+    """In the order they left."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"data": [examples.CALL]}})
+
     data: list[CallOut]
 
 
 class ResultLine(BaseModel):
-    """One line of a batch's results: a job that has ended. `ordinal` is its row in the file, from 1."""
+    """One line of a batch's results: a job that has ended. `ordinal` is its row in the file, from 1.
 
-    model_config = ConfigDict(from_attributes=True)
+    `cursor` asks for what had not been sent yet with this line.
+    """
+
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.LINE})
 
     id: UUID = Field(validation_alias="job_id")
     custom_id: str | None
@@ -158,10 +168,43 @@ class ResultLine(BaseModel):
     result: ResultOut | None = Field(validation_alias="answer")
     cost_usd: Usd | None
     error: dict[str, Any] | None
+    cursor: str = ""
 
     @classmethod
-    def of(cls, row: ExportRow) -> Self:
-        return cls.model_validate(row)
+    def of(cls, row: ExportRow, cursor: str) -> Self:
+        return cls.model_validate(row).model_copy(update={"cursor": cursor})
+
+
+class JobProgress(BaseModel):
+    """Where a job is. `code`: of a job attempted again, why its last attempt gave no answer."""
+
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.PROGRESS})
+
+    state: JobState
+    attempt: int
+    code: str | None
+
+
+class BatchOut(BaseModel):
+    """How far a batch is. `total` grows while it is `loading`; `degraded` of the succeeded have less than a full answer."""
+
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.BATCH})
+
+    id: UUID
+    name: str
+    state: str
+    total: int
+    succeeded: int
+    degraded: int
+    failed: int
+    cancelled: int
+    expired: int
+    created_at: Moment
+    finished_at: Moment | None
+
+    @classmethod
+    def of(cls, batch: BatchView) -> Self:
+        return cls.model_validate(batch)
 
 
 class CallsToday(BaseModel):
@@ -199,6 +242,10 @@ class ProviderOut(BaseModel):
 
 
 class ProviderList(BaseModel):
+    """In the order of the config."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"data": [examples.PROVIDER]}})
+
     data: list[ProviderOut]
 
 
@@ -223,6 +270,12 @@ class CostOut(BaseModel):
 
 
 class CostList(BaseModel):
+    """The dearest first; days, the newest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"by": "provider", "since": "2026-02-22T09:30:00Z", "data": [examples.COST]}},
+    )
+
     by: str
     since: Moment
     data: list[CostOut]

@@ -2,6 +2,135 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated, Literal
+from uuid import UUID
 
-router = APIRouter(prefix="/v1", tags=["webhooks"])
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.auth import Operates
+from api.parts import Opened
+from api.problems import documented
+from api.schemas import Moment
+from worker import reads, webhooks
+from worker.errors import NotFound
+from worker.webhooks import EVENTS, LONGEST_URL, Event, Webhook
+
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=documented(401, 403, 422, 503))
+
+
+class WebhookIn(BaseModel):
+    """Where to, and which ends are to be told there; all of them unless `events` names some."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"url": "https://example.com/backstop"}})
+
+    url: str = Field(max_length=LONGEST_URL)
+    events: list[Event] = Field(list(EVENTS), min_length=1, max_length=len(EVENTS))
+
+
+class WebhookOut(BaseModel):
+    """`failing_since`: nothing has arrived there since then. `disabled_at`: it failed for five days or said 410, nothing is sent."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    url: str
+    events: list[str]
+    created_at: Moment
+    failing_since: Moment | None
+    disabled_at: Moment | None
+
+
+class NewWebhookOut(WebhookOut):
+    secret: str = Field(description="Signs what is sent, as standardwebhooks.com says. Shown only this once.")
+
+
+class WebhookList(BaseModel):
+    data: list[WebhookOut]
+
+
+class DeliveryOut(BaseModel):
+    """One event on its way. `subject_id` is of the job or the batch; `run_at` is when it is sent next, if it is pending."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    event: str
+    subject_id: UUID
+    state: Literal["pending", "delivered", "failed"]
+    attempts: int
+    created_at: Moment
+    run_at: Moment
+    ended_at: Moment | None
+    http_status: int | None
+    error_code: str | None
+
+
+class DeliveryPage(BaseModel):
+    """Newest first. `next_cursor` asks for the page behind this one."""
+
+    data: list[DeliveryOut]
+    has_more: bool
+    next_cursor: str | None
+
+
+@router.post("/webhooks", status_code=201, responses=documented(400, 413))
+async def create_webhook(body: WebhookIn, response: Response, caller: Operates, parts: Opened) -> NewWebhookOut:
+    """Ends of jobs are told from now on, signed, until the endpoint says 2xx. Jobs of a batch are told as one, at its end."""
+    new = await webhooks.create(parts.db, tenant=caller.tenant, url=body.url, events=body.events, private=parts.webhooks_private)
+    response.headers["Location"] = f"/v1/webhooks/{new.webhook.id}"
+    return NewWebhookOut(secret=new.secret, **WebhookOut.model_validate(new.webhook).model_dump())
+
+
+@router.get("/webhooks")
+async def list_webhooks(caller: Operates, parts: Opened) -> WebhookList:
+    """All of them, newest first."""
+    return WebhookList(data=[WebhookOut.model_validate(webhook) for webhook in await webhooks.listed(parts.db, caller.tenant)])
+
+
+@router.get("/webhooks/{webhook_id}", responses=documented(404))
+async def get_webhook(webhook_id: str, caller: Operates, parts: Opened) -> WebhookOut:
+    return WebhookOut.model_validate(await _known(webhook_id, caller.tenant, parts))
+
+
+@router.delete("/webhooks/{webhook_id}", status_code=204, responses=documented(404))
+async def delete_webhook(webhook_id: str, caller: Operates, parts: Opened) -> None:
+    """Nothing more is sent there, what was on its way included."""
+    await webhooks.delete(parts.db, (await _known(webhook_id, caller.tenant, parts)).id, caller.tenant)
+
+
+@router.get("/webhooks/{webhook_id}/deliveries", responses=documented(404))
+async def list_deliveries(
+    webhook_id: str,
+    request: Request,
+    response: Response,
+    caller: Operates,
+    parts: Opened,
+    cursor: UUID | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+) -> DeliveryPage:
+    """What was and is to be sent there, newest first, for 30 days. `cursor` is the `next_cursor` of the page before."""
+    webhook = await _known(webhook_id, caller.tenant, parts)
+    found = await webhooks.deliveries(parts.db, webhook.id, before=cursor, limit=limit + 1)
+    page, has_more = found[:limit], len(found) > limit
+    next_cursor = str(page[-1].id) if has_more else None
+    if next_cursor is not None:
+        response.headers["Link"] = f'<{request.url.include_query_params(cursor=next_cursor)}>; rel="next"'
+    return DeliveryPage(data=[DeliveryOut.model_validate(one) for one in page], has_more=has_more, next_cursor=next_cursor)
+
+
+@router.post("/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver", status_code=202, responses=documented(404))
+async def redeliver(webhook_id: str, delivery_id: str, caller: Operates, parts: Opened) -> DeliveryOut:
+    """Sent once more under the same id, delivered or failed."""
+    webhook, known = await _known(webhook_id, caller.tenant, parts), reads.uuid_or_none(delivery_id)
+    if known is None:
+        raise NotFound("there is no delivery of that id")
+    return DeliveryOut.model_validate(await webhooks.redeliver(parts.db, webhook, known))
+
+
+async def _known(webhook_id: str, tenant: str, parts: Opened) -> Webhook:
+    """The tenant's webhook of that id. Raises NotFound."""
+    known = reads.uuid_or_none(webhook_id)
+    if known is None:
+        raise NotFound("there is no webhook of that id")
+    return await webhooks.one(parts.db, known, tenant)

@@ -94,3 +94,57 @@ def test_a_name_that_cannot_be_shown_is_refused(database_url):
                 await keys.create(db, name=name)
 
     run(database_url, story)
+
+
+def test_a_key_holds_the_scopes_and_the_limit_it_was_made_with_and_all_without_a_word(database_url):
+    async def story(db: AsyncEngine) -> None:
+        narrow = await keys.create(db, name="ci", scopes=[keys.Scope.READ, keys.Scope.SUBMIT], rpm=60)
+        wide = await keys.create(db, name="wide")
+        assert (narrow.key.scopes, narrow.key.rpm) == (["submit", "read"], 60)
+        caller = await keys.verify(db, narrow.secret)
+        assert caller is not None
+        assert (caller.scopes, caller.rpm) == ({keys.Scope.READ, keys.Scope.SUBMIT}, 60)
+        caller = await keys.verify(db, wide.secret)
+        assert caller is not None
+        assert (caller.scopes, caller.rpm) == (set(keys.Scope), None)
+
+    run(database_url, story)
+
+
+def test_a_key_that_may_do_nothing_or_has_no_possible_limit_is_not_made(database_url):
+    async def story(db: AsyncEngine) -> None:
+        with pytest.raises(UsageError, match="scopes of a key"):
+            await keys.create(db, name="ci", scopes=[])
+        for rpm in (0, -1, keys.MOST_RPM + 1):
+            with pytest.raises(UsageError, match="rpm of a key"):
+                await keys.create(db, name="ci", rpm=rpm)
+        assert await keys.list(db) == []
+
+    run(database_url, story)
+
+
+def test_a_scope_of_a_newer_version_is_shown_and_allows_nothing(database_url):
+    async def story(db: AsyncEngine) -> None:
+        new = await keys.create(db, name="ci", scopes=[keys.Scope.READ])
+        async with db.connect() as connection:
+            await connection.execute(text("UPDATE api_keys SET scopes = '{read,fly}'"))
+        caller = await keys.verify(db, new.secret)
+        assert caller is not None
+        assert caller.scopes == {keys.Scope.READ}
+        assert [key.scopes for key in await keys.list(db)] == [["read", "fly"]]
+
+    run(database_url, story)
+
+
+def test_noting_the_use_of_a_key_waits_for_nobody(database_url):
+    async def story(db: AsyncEngine) -> None:
+        new = await keys.create(db, name="ci")
+        async with db.connect() as other:
+            await other.execution_options(isolation_level="READ COMMITTED")
+            async with other.begin():
+                await other.execute(text("SELECT FROM api_keys FOR UPDATE"))
+                async with asyncio.timeout(20):
+                    assert await keys.verify(db, new.secret)
+        assert [key.last_used_at for key in await keys.list(db)] == [None]
+
+    run(database_url, story)

@@ -20,9 +20,7 @@ from worker.embedded.attach import attached
 from worker.errors import BackstopError
 from worker.job import Lane
 from worker.settings import Settings, read_settings
-from worker.transport import TASK, TIDY, install
-
-install()
+from worker.transport import TASK, TIDY
 
 # Messages only wake workers, so every rule here is for being woken soon and by few.
 DELIVERY: dict[str, Any] = {
@@ -82,7 +80,7 @@ def threads(settings: Settings, lanes: Collection[Lane] = tuple(Lane)) -> int:
     return (settings.interactive_slots if Lane.INTERACTIVE in lanes else 0) + (bulk if Lane.BULK in lanes else 0)
 
 
-app = Celery("backstop", set_as_current=True)
+app = Celery("backstop", set_as_current=False)  # who produces jobs may have a Celery of its own
 app.add_defaults(_configuration)
 
 

@@ -91,7 +91,7 @@ def _check_message(message: Any, where: str) -> None:
             raise ValueError(f"{where}.content: missing")
     elif not isinstance(content, str):
         raise ValueError(f"{where}.content: expected a text or a list of parts")
-    if not _is_list_of(dict, message.get("tool_calls") or []):
+    if message.get("tool_calls") is not None and not _is_list_of(dict, message["tool_calls"]):
         raise ValueError(f"{where}.tool_calls: expected a list of objects")
 
 

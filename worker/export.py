@@ -116,7 +116,7 @@ def _ended_unanswered(row: ExportRow) -> bool:
 
 def _error(row: ExportRow) -> dict[str, str]:
     given = row.error or {}
-    if _ended_unanswered(row):
+    if _ended_unanswered(row) or given:
         return {"code": given.get("code", str(row.state)), "message": given.get("message", f"the job is {row.state}")}
     return {"code": "not_finished", "message": f"the job is {row.state}"}
 
@@ -136,12 +136,11 @@ def jsonl_line(row: ExportRow) -> str:
     """One OpenAI batch output line, without its end: {"id", "custom_id", "response", "error"}.
 
     Either `response` or `error` is null. `id` and `request_id` are the job's id; `custom_id` is the row's number where
-    it had none of its own. The body is a chat completion (`created`: when the job was submitted, Unix seconds) and holds
-    what OpenAI's does not say under `backstop`.
+    it had none of its own. The body is a chat `completion`.
     """
     response = None
     if row.answer is not None:
-        response = {"status_code": 200, "request_id": str(row.job_id), "body": _completion(row, row.answer)}
+        response = {"status_code": 200, "request_id": str(row.job_id), "body": completion(row.job_id, row.answer, row.cost_usd)}
     line = {
         "id": str(row.job_id),
         "custom_id": row.custom_id or str(row.ordinal or row.job_id),
@@ -151,19 +150,23 @@ def jsonl_line(row: ExportRow) -> str:
     return json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS)
 
 
-def _completion(row: ExportRow, answer: Answer) -> dict[str, Any]:
+def completion(job_id: UUID, answer: Answer, cost_usd: Decimal | None) -> dict[str, Any]:
+    """The answer as OpenAI's chat completion; what that does not say stands under `backstop`.
+
+    `created`: when the job was submitted, Unix seconds. `usage` is null where the provider counted no tokens.
+    """
     message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.tool_calls:
         message["tool_calls"] = answer.tool_calls
-    cost_usd = None if row.cost_usd is None else _money(row.cost_usd)
+    cost = None if cost_usd is None else _money(cost_usd)
     return {
-        "id": f"chatcmpl-{row.job_id.hex}",
+        "id": f"chatcmpl-{job_id.hex}",
         "object": "chat.completion",
-        "created": (row.job_id.int >> 80) // 1000,  # a UUIDv7 begins with its milliseconds
+        "created": (job_id.int >> 80) // 1000,  # a UUIDv7 begins with its milliseconds
         "model": answer.model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}],
         "usage": _usage(answer.usage),
-        "backstop": {"provider": answer.provider, "degraded": answer.degraded, "cost_usd": cost_usd},
+        "backstop": {"provider": answer.provider, "degraded": answer.degraded, "cost_usd": cost},
     }
 
 

@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.database import run
 from worker.errors import UsageError
 from worker.job import JobState
-from worker.ledger import CLOSE_BATCH, COUNTED
 from worker.selection import ALL, Selection
+from worker.tally import CLOSE_BATCH, COUNTED
 
 _CANCEL = text(f"""
 WITH target AS (

@@ -1,6 +1,7 @@
 """API keys: shown once when created, kept as a SHA-256 hash. 256 random bits need no salt and no slow hash.
 
-Every request asks the database, one lookup by unique index, so a revoked key is refused from the next request on.
+Every request asks the database, one lookup by unique index, so a revoked key is refused from the next request on. How long the
+lookup takes may tell how a stranger's hash compares with those that are kept; nobody can choose a key by its hash, so it helps nobody.
 """
 
 from __future__ import annotations
@@ -8,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.errors import NotFound, UsageError
 from worker.job import new_id
 
 MARK = "backstop_sk_"
+MOST_RPM = 1_000_000
 _SHOWN = len(MARK) + 6
 
 
@@ -34,22 +37,25 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who a request comes from. What it may see is its tenant's."""
+    """Who a request comes from. What it may see is its tenant's. `rpm`: requests it may make a minute; None: as many as it likes."""
 
     key_id: UUID
     tenant: str
     name: str
     scopes: frozenset[Scope] = frozenset(Scope)
+    rpm: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """A key as it may be shown."""
+    """A key as it may be shown. `scopes` are as they stand there, also those that this version does not know."""
 
     id: UUID
     tenant: str
     name: str
     prefix: str
+    scopes: Sequence[str]
+    rpm: int | None
     created_at: datetime
     last_used_at: datetime | None
     revoked_at: datetime | None
@@ -63,22 +69,36 @@ class NewKey:
     key: Key
 
 
-_COLUMNS = "id, tenant, name, prefix, created_at, last_used_at, revoked_at"
+_COLUMNS = "id, tenant, name, prefix, scopes, rpm, created_at, last_used_at, revoked_at"
+_CREATE = text(f"""
+INSERT INTO api_keys (id, tenant, name, prefix, hash, scopes, rpm) VALUES (:id, :tenant, :name, :prefix, :hash, :scopes, :rpm)
+RETURNING {_COLUMNS}
+""")
 
 
-async def create(db: AsyncEngine, *, name: str, tenant: str = "default") -> NewKey:
-    """A new key that works from now on. Raises UsageError when the name or the tenant cannot be used."""
+async def create(
+    db: AsyncEngine, *, name: str, tenant: str = "default", scopes: Collection[Scope] = tuple(Scope), rpm: int | None = None
+) -> NewKey:
+    """A new key that works from now on. Raises UsageError when it cannot be made like this."""
     for what, value in (("name", name), ("tenant", tenant)):
         if not value.strip() or len(value) > 100 or not value.isprintable():
             raise UsageError(f"{what} of a key: give it 1 to 100 printable characters")
+    if not scopes:
+        raise UsageError(f"scopes of a key: give it one at least of {', '.join(Scope)}")
+    if rpm is not None and not 1 <= rpm <= MOST_RPM:
+        raise UsageError(f"rpm of a key: expected 1 to {MOST_RPM} requests a minute, or none for no limit")
     secret = MARK + secrets.token_urlsafe(32)
-    sql = f"""
-    INSERT INTO api_keys (id, tenant, name, prefix, hash) VALUES (:id, :tenant, :name, :prefix, :hash)
-    RETURNING {_COLUMNS}
-    """
-    values = {"id": new_id(), "tenant": tenant, "name": name, "prefix": secret[:_SHOWN], "hash": _hash(secret)}
+    values = {
+        "id": new_id(),
+        "tenant": tenant,
+        "name": name,
+        "prefix": secret[:_SHOWN],
+        "hash": _hash(secret),
+        "scopes": [scope.value for scope in Scope if scope in scopes],
+        "rpm": rpm,
+    }
     async with db.connect() as connection:
-        row = (await connection.execute(text(sql), values)).mappings().one()
+        row = (await connection.execute(_CREATE, values)).mappings().one()
     return NewKey(secret, Key(**row))
 
 
@@ -106,26 +126,37 @@ async def revoke(db: AsyncEngine, which: str) -> Key:
 
 # Most requests write nothing: the time of last use is kept to the minute.
 _VERIFY = text("""
-WITH found AS (
-    SELECT id, tenant, name, hash, scopes, last_used_at FROM api_keys WHERE hash = :hash AND revoked_at IS NULL
+WITH stale AS (  -- who finds a row locked leaves it to the other
+    SELECT id FROM api_keys
+    WHERE hash = ANY(CAST(:hashes AS bytea[])) AND revoked_at IS NULL
+      AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute')
+    ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 ), used AS (
-    UPDATE api_keys k SET last_used_at = now() FROM found f
-    WHERE k.id = f.id AND (f.last_used_at IS NULL OR f.last_used_at < now() - interval '1 minute')
+    UPDATE api_keys k SET last_used_at = now() FROM stale s WHERE k.id = s.id
 )
-SELECT id, tenant, name, hash, scopes FROM found
+SELECT id, tenant, name, hash, scopes, rpm FROM api_keys WHERE hash = ANY(CAST(:hashes AS bytea[])) AND revoked_at IS NULL
 """)
 
 
 async def verify(db: AsyncEngine, secret: str) -> Caller | None:
     """Who holds this key, or None when it is unknown or revoked."""
-    if not secret.startswith(MARK):
-        return None
-    digest = _hash(secret)
+    return (await verify_all(db, [secret]))[0]
+
+
+async def verify_all(db: AsyncEngine, asked: Sequence[str]) -> Sequence[Caller | None]:
+    """Who holds each of these keys, None for those that are unknown or revoked; one round trip, or none."""
+    digests = [_hash(secret) if secret.startswith(MARK) else None for secret in asked]
+    hashes = {digest for digest in digests if digest}
+    if not hashes:
+        return [None] * len(asked)
     async with db.connect() as connection:
-        row = (await connection.execute(_VERIFY, {"hash": digest})).one_or_none()
-    if row is None or not hmac.compare_digest(row.hash, digest):
-        return None
-    return Caller(row.id, row.tenant, row.name, frozenset(map(Scope, row.scopes)))
+        rows = (await connection.execute(_VERIFY, {"hashes": [*hashes]})).all()
+    return [next((_caller(row) for row in rows if digest and hmac.compare_digest(row.hash, digest)), None) for digest in digests]
+
+
+def _caller(row: Row[Any]) -> Caller:
+    # A scope that a newer version has written allows nothing here.
+    return Caller(row.id, row.tenant, row.name, frozenset(scope for scope in Scope if scope in row.scopes), row.rpm)
 
 
 def _hash(secret: str) -> bytes:

@@ -23,6 +23,7 @@ from worker.calls import BOOK, ENDED, Call
 from worker.database import jsonb, run
 from worker.errors import Unreadable
 from worker.job import Answer, ChatRequest, JobState, Lane, new_id
+from worker.tally import COUNTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,37 +72,6 @@ class Settlement:
     new_walk: bool = False
     calls: tuple[Call, ...] = ()
     unsent: tuple[UUID, ...] = ()
-
-
-# Shared tail of all statements whose CTE `moved(batch_id, state, degraded)` ends jobs.
-COUNTED = """
-counted AS (
-    UPDATE batches b SET
-        succeeded = b.succeeded + n.succeeded, degraded = b.degraded + n.degraded, failed = b.failed + n.failed,
-        cancelled = b.cancelled + n.cancelled, expired = b.expired + n.expired,
-        state = CASE WHEN n.closes THEN 'finished' ELSE b.state END,
-        finished_at = CASE WHEN n.closes THEN now() ELSE b.finished_at END
-    FROM (
-        SELECT o.id, m.*, o.state = 'open' AND
-            o.succeeded + o.failed + o.cancelled + o.expired + m.ended >= o.total AS closes
-        FROM (
-            SELECT batch_id, count(*) FILTER (WHERE state <> 'queued') AS ended,
-                count(*) FILTER (WHERE state = 'succeeded') AS succeeded, count(*) FILTER (WHERE degraded) AS degraded,
-                count(*) FILTER (WHERE state = 'failed') AS failed,
-                count(*) FILTER (WHERE state = 'cancelled') AS cancelled, count(*) FILTER (WHERE state = 'expired') AS expired
-            FROM moved WHERE batch_id IS NOT NULL GROUP BY batch_id
-        ) m JOIN batches o ON o.id = m.batch_id WHERE m.ended > 0 ORDER BY o.id FOR NO KEY UPDATE OF o
-    ) n WHERE b.id = n.id
-)"""
-
-
-# Takes no more rows, and is finished once all of its jobs have ended.
-CLOSE_BATCH = text("""
-UPDATE batches SET
-    state = CASE WHEN succeeded + failed + cancelled + expired >= total THEN 'finished' ELSE 'open' END,
-    finished_at = CASE WHEN succeeded + failed + cancelled + expired >= total THEN now() END
-WHERE id = :id AND state = 'loading'
-""")
 
 
 _CLAIM = text("""

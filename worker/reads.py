@@ -16,7 +16,7 @@ from uuid import UUID
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.errors import UsageError
+from worker.errors import Unreadable, UsageError
 from worker.export import ExportRow
 from worker.job import Answer, JobState, Lane
 from worker.selection import ALL, Selection
@@ -29,6 +29,7 @@ from worker.views import (
     Failover,
     JobView,
     ProviderDay,
+    Standing,
     WorkerView,
 )
 
@@ -54,20 +55,46 @@ async def job(db: AsyncEngine, job_id: UUID, tenant: str | None = None) -> JobVi
     return _job(rows[0]) if rows else None
 
 
+async def job_views(db: AsyncEngine, job_ids: Sequence[UUID]) -> Sequence[JobView | None]:
+    """The job of each id, whoever's it is, or None."""
+    found = {row["id"]: _job(row) for row in await _rows(db, f"{_JOB} WHERE j.id = ANY(:ids)", ids=list(set(job_ids)))}
+    return [found.get(job_id) for job_id in job_ids]
+
+
 async def jobs(
     db: AsyncEngine,
     *,
     which: Selection = ALL,
     tenant: str | None = None,
     batch_id: UUID | None = None,
+    lane: Lane | None = None,
+    custom_id: str | None = None,
     before: UUID | None = None,
     limit: int = 50,
 ) -> list[JobView]:
     """Up to `limit` jobs, newest first. The next page is `before` the last id of this one."""
-    where = which.conditions + (" AND j.batch_id = :batch" if batch_id else "") + (" AND j.id < :before" if before else "")
+    given = {"j.batch_id =": batch_id, "j.lane =": lane, "j.custom_id =": custom_id, "j.id <": before}
+    named = {f"given_{n}": (condition, value) for n, (condition, value) in enumerate(given.items()) if value is not None}
+    where = which.conditions + "".join(f" AND {condition} :{name}" for name, (condition, _) in named.items())
     sql = f"{_JOB} WHERE true {_of('j', tenant)} {where} ORDER BY j.id DESC LIMIT :limit"
-    rows = await _rows(db, sql, tenant=tenant, batch=batch_id, before=before, limit=limit, **which.values)
+    values = {name: value for name, (_, value) in named.items()}
+    rows = await _rows(db, sql, tenant=tenant, limit=limit, **values, **which.values)
     return [_job(row) for row in rows]
+
+
+async def standings(db: AsyncEngine, job_ids: Sequence[UUID]) -> dict[UUID, Standing]:
+    """Where those of the jobs are that there are."""
+    sql = "SELECT id, state, fence AS attempt, error ->> 'code' AS code FROM jobs WHERE id = ANY(:ids)"
+    rows = await _rows(db, sql, ids=list(job_ids))
+    return {row["id"]: Standing(**{**row, "state": JobState(row["state"])}) for row in rows}
+
+
+async def queued(db: AsyncEngine, tenant: str, most: int) -> int:
+    """How many interactive jobs of the tenant are queued, counted up to `most`. Each half has its index."""
+    half = "SELECT FROM jobs WHERE tenant = :tenant AND lane = 'interactive' AND state = 'queued' AND dispatched_at IS"
+    sql = f"SELECT count(*) AS jobs FROM ({half} NULL UNION ALL {half} NOT NULL LIMIT :most) AS found"
+    (row,) = await _rows(db, sql, tenant=tenant, most=most)
+    return int(row["jobs"])
 
 
 async def dead_letters(db: AsyncEngine, *, which: Selection = ALL, batch_id: UUID | None = None, limit: int = 50) -> list[DeadLetters]:
@@ -108,6 +135,11 @@ async def batch(db: AsyncEngine, name_or_id: str | UUID, tenant: str | None = No
     name = str(name_or_id).replace("\x00", "").encode("utf-8", "replace").decode()  # what no batch can be called
     rows = await _rows(db, sql, id=uuid_or_none(name), name=name, tenant=tenant)
     return BatchView(**rows[0]) if rows else None
+
+
+async def batches(db: AsyncEngine, batch_ids: Sequence[UUID]) -> dict[UUID, BatchView]:
+    """Those of the batches that there are."""
+    return {row["id"]: BatchView(**row) for row in await _rows(db, f"{_BATCH} WHERE id = ANY(:ids)", ids=list(batch_ids))}
 
 
 _RESULT = f"""
@@ -219,13 +251,21 @@ def uuid_or_none(value: str) -> UUID | None:
 
 
 def _result(row: RowMapping) -> ExportRow:
-    answer = Answer.from_json(row["answer"]) if row["answer"] else None
-    return ExportRow(**{**row, "state": JobState(row["state"]), "answer": answer})
+    return ExportRow(**{**row, "state": JobState(row["state"]), **_said(row)})
 
 
 def _job(row: RowMapping) -> JobView:
-    answer = Answer.from_json(row["answer"]) if row["answer"] else None
-    return JobView(**{**row, "state": JobState(row["state"]), "lane": Lane(row["lane"]), "answer": answer})
+    return JobView(**{**row, "state": JobState(row["state"]), "lane": Lane(row["lane"]), **_said(row)})
+
+
+def _said(row: RowMapping) -> dict[str, Any]:
+    """Its answer and its error. One answer that cannot be read is that job's error, and hides no other job."""
+    if row["answer"] is None:
+        return {}
+    try:
+        return {"answer": Answer.from_json(row["answer"])}
+    except Unreadable as error:
+        return {"answer": None, "error": {"code": "unreadable_answer", "message": str(error), "providers": []}}
 
 
 def _of(table: str, tenant: str | None) -> str:

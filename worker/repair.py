@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker.database import promptly, run
 from worker.job import Lane
 from worker.keeper import LEADER_LOCK
-from worker.ledger import COUNTED
 from worker.rescue import rescue
+from worker.tally import COUNTED
 
 AGAIN_S = 2.0  # what is still so after this time is stuck; a leader mends within one
 LOOK_S = 60.0  # for one look: it may have to read every job

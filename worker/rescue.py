@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from worker.ledger import COUNTED
+from worker.tally import COUNTED
 
 # So many workers have died holding a job, and it is given up. Most were innocent, held beside the one that kills; who has been there
 # twice is a suspect, and `dispatch` lets fewer of those run at once, until the guilty one dies alone.

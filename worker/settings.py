@@ -35,6 +35,10 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal, else json
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(str.lower)] = "info"
 
+    webhooks_private: bool = False  # webhooks may lead to http:// and to addresses that are not on the Internet
+
+    max_queued: int = Field(10_000, ge=1)  # interactive jobs of one tenant; the API refuses more with a 429
+
     # One worker process.
     bulk_slots: int = Field(400, ge=1, le=10_000)  # bulk jobs in flight at once
     interactive_slots: int = Field(100, ge=1, le=10_000)

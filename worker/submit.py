@@ -19,7 +19,7 @@ from worker.database import jsonb, run
 from worker.dispatch import Publish, withdraw
 from worker.errors import BackstopError, UsageError
 from worker.job import ChatRequest, Lane, new_id
-from worker.ledger import CLOSE_BATCH
+from worker.tally import CLOSE_BATCH
 
 log = structlog.get_logger(__name__)
 

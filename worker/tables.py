@@ -206,6 +206,8 @@ files = Table(
     Column("created_at", _Time, nullable=False, server_default=func.now()),
     Column("expires_at", _Time),
     Index("ix_files_tenant", "tenant", "id"),  # list
+    Index("ix_files_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),  # purge
+    Index("ix_files_uploading", "created_at", postgresql_where=text("state = 'uploading'")),  # purge
 )
 
 file_chunks = Table(
@@ -221,6 +223,7 @@ file_batches = Table(
     "file_batches",
     metadata,
     Column("batch_id", Uuid, ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("tenant", Text, nullable=False),
     Column("state", Text, CheckConstraint(
         "state IN ('validating','in_progress','finalizing','completed','failed','expired','cancelling','cancelled')", name="state"),
         nullable=False),
@@ -228,10 +231,14 @@ file_batches = Table(
     Column("output_file_id", Uuid),
     Column("error_file_id", Uuid),
     Column("skips_bad_lines", Boolean, nullable=False, server_default=text("false")),
-    Column("deadline_s", Float, nullable=False),
+    Column("completion_window", Text, nullable=False),  # as it was asked for
+    Column("output_expires_s", Float),  # how long its files are kept; NULL is until they are deleted
     Column("metadata", JSONB),
-    Column("errors", JSONB),  # failed: [{"code", "line", "message", "param"}]
-    Column("retry_key", Text),  # what a repeated POST has in common with the first
+    Column("errors", JSONB),  # why it failed: [{"code", "line", "message", "param"}]
+    Column("usage", JSONB),  # tokens of its answers, once it is over
+    Column("fingerprint", Text, nullable=False),  # of what was asked for: what a repeated POST has in common with the first
+    Column("idempotency_key", Text),
+    Column("created_at", _Time, nullable=False, server_default=func.now()),
     Column("expires_at", _Time, nullable=False),
     Column("in_progress_at", _Time),
     Column("finalizing_at", _Time),
@@ -240,6 +247,12 @@ file_batches = Table(
     Column("expired_at", _Time),
     Column("cancelling_at", _Time),
     Column("cancelled_at", _Time),
+    Index("ix_file_batches_tenant", "tenant", "batch_id"),  # list
+    Index("ix_file_batches_fingerprint", "tenant", "fingerprint"),  # create
+    Index(  # create
+        "uq_file_batches_tenant_idempotency_key", "tenant", "idempotency_key", unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
     Index("ix_file_batches_unfinished", "batch_id",  # the leader's look
           postgresql_where=text("state IN ('validating','in_progress','finalizing','cancelling')")),
 )  # fmt: skip
@@ -253,6 +266,7 @@ webhooks = Table(
     Column("events", ARRAY(Text), nullable=False),
     Column("secret", Text, nullable=False),  # signs what is sent, so it cannot be kept as a hash
     Column("created_at", _Time, nullable=False, server_default=func.now()),
+    Column("failing_since", _Time),  # NULL: what was sent last has arrived
     Column("disabled_at", _Time),
     Index("ix_webhooks_tenant", "tenant", postgresql_where=text("disabled_at IS NULL")),  # settle
 )
@@ -261,7 +275,7 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
-    Column("webhook_id", Uuid, ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("webhook_id", Uuid, nullable=False),  # no foreign key: a webhook may be deleted while jobs end
     Column("event", Text, nullable=False),
     Column("subject_id", Uuid, nullable=False),  # of the job or the batch
     Column("created_at", _Time, nullable=False, server_default=func.now()),
@@ -272,6 +286,7 @@ deliveries = Table(
     Column("ended_at", _Time),
     Column("http_status", SmallInteger),  # of the last attempt
     Column("error_code", Text),
-    Index("ix_deliveries_due", "run_at", postgresql_where=text("state = 'pending'")),  # deliver
-    Index("ix_deliveries_webhook_id", "webhook_id", "created_at"),  # log
+    Index("ix_deliveries_due", "webhook_id", "run_at", postgresql_where=text("state = 'pending'")),  # deliver
+    Index("ix_deliveries_webhook_id", "webhook_id", "created_at", "id"),  # log
+    Index("ix_deliveries_ended_at", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),  # purge
 )  # fmt: skip

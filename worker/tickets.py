@@ -190,7 +190,7 @@ def _table(records: Iterator[tuple[list[str], str | None]], columns: list[str], 
 def _json_lines(text: TextFile, kind: Kind) -> Iterator[Ticket | None]:
     for line in text:
         try:
-            body = _object(line) if line.strip() else {}
+            body = json_object(line) if line.strip() else {}
         except ValueError as error:
             yield Ticket(text.place.row, {}, str(error))
             continue
@@ -201,7 +201,7 @@ def _json_lines(text: TextFile, kind: Kind) -> Iterator[Ticket | None]:
         yield Ticket(text.place.row, values) if any(map(str.strip, values.values())) else None
 
 
-def _object(line: str) -> dict[str, Any]:
+def json_object(line: str) -> dict[str, Any]:
     """Raises ValueError, which shows nothing of the line."""
     try:
         body = _decode(line)
@@ -251,4 +251,4 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     """The objects of a sample, whose last line may be cut off."""
     for line in text.split("\n"):
         with suppress(ValueError):
-            yield _object(line)
+            yield json_object(line)

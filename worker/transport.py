@@ -87,7 +87,7 @@ def _ours(queue: str, raw: bytes) -> bytes:
         raise ValueError("body: expected plain JSON")
     delivery_id = _uuid(headers.get("id"), "id")
     kwargs = _kwargs(task, _body(message.get("body"), properties.get("body_encoding")))
-    return _message(queue, task, delivery_id, kwargs)
+    return message_of(queue, task, delivery_id, kwargs)
 
 
 def _body(body: Any, encoding: Any) -> Any:
@@ -113,7 +113,7 @@ def _kwargs(task: str, body: Any) -> dict[str, list[str]]:
     return {"job_ids": [_uuid(job_id, "job_ids") for job_id in job_ids]}
 
 
-def _message(queue: str, task: str, delivery_id: str, kwargs: Mapping[str, Any]) -> bytes:
+def message_of(queue: str, task: str, delivery_id: str, kwargs: Mapping[str, Any]) -> bytes:
     """As Celery's own producer writes it (protocol 2), without anything that schedules, limits, chains or compresses."""
     message = {
         "body": json.dumps([[], kwargs, {}]),

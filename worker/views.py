@@ -49,6 +49,16 @@ class JobView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a job is: `attempt` is its fence, 0 before the first; `code` that of its error, if it has one."""
+
+    id: UUID
+    state: JobState
+    attempt: int
+    code: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetters:
     """Jobs that ended without an answer in the same way: `providers` says why each gave none, `newest_id` is the one submitted last."""
 

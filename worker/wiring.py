@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -27,10 +26,12 @@ from worker.chain import Chain
 from worker.config import Config, load
 from worker.cost import Pricing
 from worker.database import engine
+from worker.deliver import deliver
 from worker.dispatch import Publish
 from worker.embedded.attach import attached
 from worker.errors import UsageError
 from worker.grouping import Group
+from worker.intake import tend
 from worker.intervene import cancel
 from worker.job import Lane
 from worker.keeper import Keeper
@@ -120,17 +121,17 @@ def unpriced(config: Config) -> list[str]:
 class WorkerProcess:
     """All that lives on the loop of one worker process."""
 
-    def __init__(self, settings: Settings, keeper: Keeper, attempts: Attempts, db: AsyncEngine, open_: AsyncExitStack) -> None:
+    def __init__(self, settings: Settings, keeper: Keeper, attempts: Attempts, db: AsyncEngine, open_: AsyncExitStack, leads: bool) -> None:
         self._settings = settings
         self._keeper = keeper
         self.attempts = attempts
         self._db = db
         self._open = open_
-        self._loops = [asyncio.create_task(keeper.beat(attempts)), asyncio.create_task(keeper.lead())]
+        self._loops = [asyncio.create_task(keeper.beat(attempts)), *([asyncio.create_task(keeper.lead())] if leads else [])]
 
     @classmethod
-    async def open(cls, settings: Settings, lanes: Collection[Lane]) -> WorkerProcess:
-        """Registered in the ledger, its heart beating.
+    async def open(cls, settings: Settings, lanes: Collection[Lane], *, leads: bool = True) -> WorkerProcess:
+        """Registered in the ledger, its heart beating. `leads`: whether it may become the leader.
 
         Raises UsageError for a faulty configuration, DBAPIError without Postgres.
         """
@@ -146,7 +147,9 @@ class WorkerProcess:
         open_.push_async_callback(keeper_db.dispose)
         http = client(most_connections=settings.bulk_slots + settings.interactive_slots)
         open_.push_async_callback(http.aclose)
-        keeper = Keeper(keeper_db, shared.redis, shared.publish, settings, lanes)
+        duties = [partial(tend, shared.db, config)] * 2  # two, so that a large file holds up nobody
+        duties.append(partial(deliver, shared.db, private=settings.webhooks_private))
+        keeper = Keeper(keeper_db, shared.redis, shared.publish, settings, lanes, duties)
         steps = Steps(shared.gates, Group(partial(open_calls, shared.db)), keeper.may_call)
         chain = Chain(stations(config, http), steps, AnswerCache(shared.redis))
         attempts = Attempts(
@@ -161,8 +164,7 @@ class WorkerProcess:
         )
         await spool.replay(shared.db, spool.place(settings.data))
         await keeper.register()
-        gc.freeze()  # what is there now stays: each full collection went through it, a pause of 80 ms
-        return cls(settings, keeper, attempts, shared.db, open_)
+        return cls(settings, keeper, attempts, shared.db, open_, leads)
 
     async def drain(self) -> None:
         """No new claims; running calls had `drain_s` to finish, the others were released; then everything is closed."""

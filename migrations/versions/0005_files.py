@@ -19,6 +19,8 @@ def upgrade() -> None:
         expires_at TIMESTAMPTZ
     )""")
     op.execute("CREATE INDEX ix_files_tenant ON files (tenant, id)")
+    op.execute("CREATE INDEX ix_files_expires_at ON files (expires_at) WHERE expires_at IS NOT NULL")
+    op.execute("CREATE INDEX ix_files_uploading ON files (created_at) WHERE state = 'uploading'")
     op.execute("""
     CREATE TABLE file_chunks (
         file_id UUID NOT NULL CONSTRAINT fk_file_chunks_file_id REFERENCES files (id) ON DELETE CASCADE,

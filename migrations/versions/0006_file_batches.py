@@ -11,16 +11,21 @@ def upgrade() -> None:
     CREATE TABLE file_batches (
         batch_id UUID NOT NULL CONSTRAINT pk_file_batches PRIMARY KEY
             CONSTRAINT fk_file_batches_batch_id REFERENCES batches (id) ON DELETE CASCADE,
+        tenant TEXT NOT NULL,
         state TEXT NOT NULL CONSTRAINT ck_file_batches_state CHECK (
             state IN ('validating','in_progress','finalizing','completed','failed','expired','cancelling','cancelled')),
         input_file_id UUID NOT NULL,
         output_file_id UUID,
         error_file_id UUID,
         skips_bad_lines BOOLEAN NOT NULL DEFAULT false,
-        deadline_s DOUBLE PRECISION NOT NULL,
+        completion_window TEXT NOT NULL,
+        output_expires_s DOUBLE PRECISION,
         metadata JSONB,
         errors JSONB,
-        retry_key TEXT,
+        usage JSONB,
+        fingerprint TEXT NOT NULL,
+        idempotency_key TEXT,
+        created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
         expires_at TIMESTAMPTZ NOT NULL,
         in_progress_at TIMESTAMPTZ,
         finalizing_at TIMESTAMPTZ,
@@ -30,6 +35,11 @@ def upgrade() -> None:
         cancelling_at TIMESTAMPTZ,
         cancelled_at TIMESTAMPTZ
     )""")
+    op.execute("CREATE INDEX ix_file_batches_tenant ON file_batches (tenant, batch_id)")
+    op.execute("CREATE INDEX ix_file_batches_fingerprint ON file_batches (tenant, fingerprint)")
+    op.execute("""
+    CREATE UNIQUE INDEX uq_file_batches_tenant_idempotency_key ON file_batches (tenant, idempotency_key)
+        WHERE idempotency_key IS NOT NULL""")
     op.execute("""
     CREATE INDEX ix_file_batches_unfinished ON file_batches (batch_id)
         WHERE state IN ('validating','in_progress','finalizing','cancelling')""")

@@ -15,13 +15,14 @@ def upgrade() -> None:
         events TEXT[] NOT NULL,
         secret TEXT NOT NULL,
         created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+        failing_since TIMESTAMPTZ,
         disabled_at TIMESTAMPTZ
     )""")
     op.execute("CREATE INDEX ix_webhooks_tenant ON webhooks (tenant) WHERE disabled_at IS NULL")
     op.execute("""
     CREATE TABLE deliveries (
         id UUID NOT NULL DEFAULT gen_random_uuid() CONSTRAINT pk_deliveries PRIMARY KEY,
-        webhook_id UUID NOT NULL CONSTRAINT fk_deliveries_webhook_id REFERENCES webhooks (id) ON DELETE CASCADE,
+        webhook_id UUID NOT NULL,
         event TEXT NOT NULL,
         subject_id UUID NOT NULL,
         created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
@@ -32,8 +33,9 @@ def upgrade() -> None:
         http_status SMALLINT,
         error_code TEXT
     )""")
-    op.execute("CREATE INDEX ix_deliveries_due ON deliveries (run_at) WHERE state = 'pending'")
-    op.execute("CREATE INDEX ix_deliveries_webhook_id ON deliveries (webhook_id, created_at)")
+    op.execute("CREATE INDEX ix_deliveries_due ON deliveries (webhook_id, run_at) WHERE state = 'pending'")
+    op.execute("CREATE INDEX ix_deliveries_webhook_id ON deliveries (webhook_id, created_at, id)")
+    op.execute("CREATE INDEX ix_deliveries_ended_at ON deliveries (ended_at) WHERE ended_at IS NOT NULL")
 
 
 def downgrade() -> None:

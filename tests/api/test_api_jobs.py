@@ -1,9 +1,11 @@
 """Jobs over the REST API: submit, wait, list, cancel, calls; and that nothing a client sends is a 500."""
 
+import asyncio
 import json
 import threading
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,38 @@ def test_a_submit_that_does_not_wait_is_202_at_once(stage):
         assert stage.client.post("/v1/jobs", json=HELLO, headers={"Prefer": prefer}).status_code == 202
 
 
+def test_a_preference_says_that_it_was_heard_and_respond_async_outdoes_a_wait(stage):
+    job = stage.submit()
+    stage.succeed(job["id"])
+    for prefer, applied in (("wait=5", "wait=5"), ("wait=999", "wait=60"), ("respond-async, wait=5", "respond-async"), ("wait=x", None)):
+        submitted = stage.client.post("/v1/jobs?wait=0.01", json=HELLO, headers={"Prefer": "respond-async" if applied else prefer})
+        assert submitted.status_code == 202
+        got = stage.client.get(f"/v1/jobs/{job['id']}", headers={"Prefer": prefer})
+        assert (got.status_code, got.headers.get("Preference-Applied")) == (200, applied)
+
+
+def test_waiting_by_preference_ends_with_the_job(stage):
+    job_id = stage.submit()["id"]
+    threading.Timer(0.05, stage.succeed, [job_id]).start()
+    assert stage.client.get(f"/v1/jobs/{job_id}", headers={"Prefer": "wait=30"}).json()["state"] == "succeeded"
+
+
+def test_three_hundred_long_polls_hold_no_connection_to_postgres(stage):
+    job_id = stage.submit()["id"]
+    app, parts = stage.client.app, stage.client.app.state.parts
+
+    async def story():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api", headers=stage.client.headers) as client:
+            polls = [asyncio.create_task(client.get(f"/v1/jobs/{job_id}?wait=60", timeout=90)) for _ in range(300)]
+            async with asyncio.timeout(60):
+                while len(parts.endings._waits[UUID(job_id)]) < 300 or parts.db.pool.checkedout():  # noqa: ASYNC110 - in other tasks
+                    await asyncio.sleep(0.01)
+            await asyncio.to_thread(stage.succeed, job_id)
+            return [(answer.status_code, answer.json()["state"]) for answer in await asyncio.gather(*polls)]
+
+    assert stage.client.portal.call(story) == [(200, "succeeded")] * 300
+
+
 def test_a_submit_is_accepted_although_it_cannot_be_published(stage):
     def redis_is_down(*_):
         raise ConnectionError
@@ -89,6 +123,111 @@ def test_the_same_key_gives_the_same_job_and_another_request_under_it_is_refused
     assert "Idempotent-Replayed" not in first.headers
     assert other.headers["Content-Type"] == "application/problem+json"
     assert len(stage.published) == 2
+
+
+def test_one_key_used_many_times_at_once_makes_exactly_one_job(stage):
+    app = stage.client.app
+
+    async def story():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api", headers=stage.client.headers) as client:
+            posts = [client.post("/v1/jobs", json=HELLO, headers={"Idempotency-Key": "k"}) for _ in range(20)]
+            return await asyncio.gather(*posts)
+
+    answers = stage.client.portal.call(story)
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
+    assert stage.sql("SELECT count(*) FROM jobs") == [(1,)]
+
+
+def test_a_replay_that_waits_is_200_with_the_answer_of_the_first(stage):
+    key = {"Idempotency-Key": "order-8"}
+    first = stage.client.post("/v1/jobs", json=HELLO, headers=key).json()["id"]
+    stage.succeed(first)
+    again = stage.client.post("/v1/jobs?wait=20", json=HELLO, headers=key)
+    assert (again.status_code, again.json()["id"], again.json()["state"]) == (200, first, "succeeded")
+    assert again.headers["Idempotent-Replayed"] == "true"
+
+
+def test_jobs_are_found_by_lane_chain_error_code_time_and_custom_id(stage):
+    ids = [stage.submit(lane="bulk")["id"], *(stage.submit()["id"] for _ in range(4))]
+    changes = ("state = state", "chain = 'a'", 'error = \'{"code": "parked"}\'', "created_at = now() - interval '3 h'", "custom_id = 'T'")
+    for job_id, change in zip(ids, changes, strict=True):
+        stage.sql(f"UPDATE jobs SET {change} WHERE id = :id", id=UUID(job_id))
+
+    def found(**wanted):
+        return [job["id"] for job in stage.client.get("/v1/jobs", params=wanted).json()["data"]]
+
+    assert found(lane="bulk") == [ids[0]]
+    assert found(chain="a") == [ids[1]]
+    assert found(code="parked") == [ids[2]]
+    assert found(since="1h") == [ids[4], ids[2], ids[1], ids[0]]
+    assert found(custom_id="T") == [ids[4]]
+    assert found(lane="bulk", custom_id="T") == []
+    assert found() == ids[::-1]
+
+
+UNKNOWN_FILTERS = [
+    *({"cursor": "x"}, {"cursor": ""}, {"limit": 0}, {"limit": 101}, {"limit": "many"}, {"state": "done"}, {"lane": "fast"}),
+    *({"since": "soon"}, {"since": "1"}, {"chain": "\x00"}, {"code": "\x00"}, {"custom_id": "x" * 600}),
+]
+
+
+@pytest.mark.parametrize("wanted", UNKNOWN_FILTERS, ids=str)
+def test_a_filter_that_cannot_be_used_is_a_422_naming_it(stage, wanted):
+    response = stage.client.get("/v1/jobs", params=wanted)
+    assert (response.status_code, response.headers["Content-Type"]) == (422, "application/problem+json")
+    assert next(iter(wanted)) in response.json()["detail"]
+
+
+def test_an_answer_that_cannot_be_read_is_that_jobs_error_and_hides_no_other_job(stage):
+    good, bad = (stage.submit()["id"] for _ in range(2))
+    stage.succeed(good)
+    stage.succeed(bad)
+    stage.sql("UPDATE results SET answer = CAST('{}' AS jsonb) WHERE job_id = :id", id=UUID(bad))
+    single = stage.client.get(f"/v1/jobs/{bad}").json()
+    assert (single["state"], single["result"], single["error"]["code"]) == ("succeeded", None, "unreadable_answer")
+    page = stage.client.get("/v1/jobs").json()["data"]
+    assert [(job["id"], job["result"] is None) for job in page] == [(bad, True), (good, False)]
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "expired"])
+def test_a_job_that_ended_without_an_answer_is_queued_again(stage, state):
+    job_id = stage.submit()["id"]
+    stage.sql("UPDATE jobs SET state = :state, finished_at = now() WHERE id = :id", state=state, id=UUID(job_id))
+    response = stage.client.post(f"/v1/jobs/{job_id}/requeue")
+    assert (response.status_code, response.json()["state"], response.json()["finished_at"]) == (202, "queued", None)
+    assert response.headers["Location"] == f"/v1/jobs/{job_id}"
+
+
+def test_a_job_that_cannot_be_queued_again_is_a_409(stage):
+    queued, answered, unusable = (stage.submit()["id"] for _ in range(3))
+    stage.succeed(answered)
+    stage.sql("UPDATE jobs SET state = 'failed', finished_at = now() WHERE id = :id", id=UUID(unusable))
+    stage.sql("UPDATE job_requests SET request = NULL WHERE job_id = :id", id=UUID(unusable))
+    for job_id, state in ((queued, "queued"), (answered, "succeeded"), (unusable, "failed")):
+        response = stage.client.post(f"/v1/jobs/{job_id}/requeue")
+        assert (response.status_code, response.headers["Content-Type"]) == (409, "application/problem+json")
+        assert state in response.json()["detail"]
+        assert stage.client.get(f"/v1/jobs/{job_id}").json()["state"] == state
+
+
+def test_a_full_queue_takes_no_interactive_job_of_that_tenant_until_it_is_shorter(stage, monkeypatch):
+    admission = stage.client.app.state.parts.admission
+    monkeypatch.setattr(admission, "_max_queued", 3)
+    monkeypatch.setattr("api.admission.LOOK_S", 3600)
+    first = [stage.submit()["id"] for _ in range(3)]
+    full = stage.client.post("/v1/jobs", json=HELLO)
+    assert (full.status_code, full.headers["Content-Type"]) == (429, "application/problem+json")
+    assert int(full.headers["Retry-After"]) >= 1
+    assert stage.submit(lane="bulk")["state"] == "queued"
+    assert stage.client.post("/v1/jobs", json=HELLO, headers=stage.key("other")).status_code == 202
+    stage.sql("UPDATE jobs SET dispatched_at = NULL WHERE id = :id", id=UUID(first[0]))
+    monkeypatch.setattr("api.admission.LOOK_S", 0)
+    assert stage.client.post("/v1/jobs", json=HELLO).status_code == 429
+    stage.succeed(first[1])
+    assert stage.submit()["state"] == "queued"
+    assert stage.client.post("/v1/jobs", json=HELLO).status_code == 429
 
 
 def test_the_list_is_paged_by_cursor_and_by_link(stage):
@@ -132,7 +271,14 @@ def test_the_calls_of_a_job_say_who_was_asked_and_what_it_cost(stage):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/jobs/{id}"), ("GET", "/v1/jobs/{id}?wait=5"), ("POST", "/v1/jobs/{id}/cancel"), ("GET", "/v1/jobs/{id}/calls")],
+    [
+        ("GET", "/v1/jobs/{id}"),
+        ("GET", "/v1/jobs/{id}?wait=5"),
+        ("POST", "/v1/jobs/{id}/cancel"),
+        ("GET", "/v1/jobs/{id}/calls"),
+        ("POST", "/v1/jobs/{id}/requeue"),
+        ("GET", "/v1/jobs/{id}/events"),
+    ],
 )
 def test_another_tenants_job_does_not_exist(stage, method, path):
     job_id = stage.submit()["id"]

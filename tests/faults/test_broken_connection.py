@@ -15,6 +15,8 @@ from worker.transport import TIDY, install
 def test_a_broken_connection_with_a_message_in_hand_is_closed_without_a_trace(laboratory):
     """As Celery does it: collected, then closed, while errors of the connection, and no others, are let pass."""
 
+    install()
+
     async def story(lab):
         connection = Connection(lab.environment["REDIS_URL"], transport_options=DELIVERY["broker_transport_options"])
 

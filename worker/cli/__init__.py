@@ -35,6 +35,7 @@ _COMMANDS = {
     "providers": ("operate", "The health of the providers; opens, closes or resets a breaker."),
     "lanes": ("operate", "The two lanes; pauses or resumes one."),
     "keys": ("operate", "API keys: creates, lists, revokes."),
+    "webhooks": ("webhooks", "Who is told when jobs and batches end: creates, lists, deletes; what was sent."),
     "config": ("configure", "Checks or shows backstop.toml."),
     "db": ("setup", "Brings the schema up to date, or checks it."),
     "doctor": ("setup", "Says what does not work, and what to do."),

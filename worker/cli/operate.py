@@ -170,12 +170,21 @@ def keys() -> None:
 @keys.command("create")
 @click.argument("name")
 @click.option("--tenant", default="default", show_default=True, help="Whose jobs the key submits and sees.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice([scope.value for scope in api_keys.Scope]),
+    multiple=True,
+    help="What the key may do; repeat it for several. Left out: everything.",
+)
+@click.option("--rpm", type=click.IntRange(1, api_keys.MOST_RPM), help="Requests it may make a minute. Left out: not limited.")
 @json_option
-def keys_create(name: str, tenant: str, as_json: bool) -> None:
+def keys_create(name: str, tenant: str, scopes: tuple[str, ...], rpm: int | None, as_json: bool) -> None:
     """A new key, printed once."""
+    chosen = [api_keys.Scope(scope) for scope in scopes or api_keys.Scope]
 
     async def create(open_: Connections) -> None:
-        new = await api_keys.create(open_.db, name=name, tenant=tenant)
+        new = await api_keys.create(open_.db, name=name, tenant=tenant, scopes=chosen, rpm=rpm)
         if as_json:
             show_json({"secret": new.secret, "key": new.key})
         else:
@@ -196,8 +205,8 @@ def keys_list(as_json: bool) -> None:
             show_json(found)
         else:
             show_table(
-                ("id", "name", "tenant", "key", "created", "last used", "revoked"),
-                ((k.id, k.name, k.tenant, k.prefix, k.created_at, k.last_used_at, k.revoked_at) for k in found),
+                ("id", "name", "tenant", "key", "scopes", "rpm", "created", "last used", "revoked"),
+                ((k.id, k.name, k.tenant, k.prefix, ",".join(k.scopes), k.rpm, k.created_at, k.last_used_at, k.revoked_at) for k in found),
             )
 
     with_ledger(look)

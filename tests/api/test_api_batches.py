@@ -1,0 +1,174 @@
+"""Results of a batch: as they end, and on from where a client was cut off."""
+
+import asyncio
+import json
+from itertools import pairwise
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api import batches
+from api.batches import Sent
+from worker.job import new_id
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch):
+    monkeypatch.setattr(batches, "_FOLLOW_S", 0.01)
+
+
+def a_batch(stage, rows, name="monday"):
+    """A batch of queued jobs; their ids in the order of the file."""
+    batch_id, ids = new_id(), [new_id() for _ in range(rows)]
+    sql = "INSERT INTO batches (id, name, state, fingerprint, total) VALUES (:id, :name, 'open', '', :n)"
+    stage.sql(sql, id=batch_id, name=name, n=rows)
+    stage.sql(
+        """INSERT INTO jobs (id, chain, lane, state, deadline_at, batch_id, ordinal)
+           SELECT id, 'default', 'bulk', 'queued', now() + interval '1 hour', :batch, n
+           FROM unnest(CAST(:ids AS uuid[])) WITH ORDINALITY AS t(id, n)""",
+        batch=batch_id,
+        ids=ids,
+    )
+    return batch_id, [str(job_id) for job_id in ids]
+
+
+def finish(stage, ids, *ordinals):
+    for ordinal in ordinals:
+        stage.succeed(ids[ordinal - 1])
+
+
+def read(stage, batch_id, cursor, most):
+    """What a client reads that is cut off after `most` lines, spaces included."""
+
+    async def story():
+        lines = []
+        stream = batches._lines(stage.client.app.state.parts.db, batch_id, Sent.until(cursor))
+        async for text in stream:
+            lines.append(text)
+            if sum(text.endswith("\n") for text in lines) == most:
+                break
+        await stream.aclose()
+        return "".join(lines)
+
+    return stage.client.portal.call(story)
+
+
+@pytest.mark.parametrize("cut_after", [1, 2, 3, 7])
+def test_a_client_that_is_cut_off_again_and_again_gets_every_job(stage, cut_after, monkeypatch):
+    monkeypatch.setattr(batches, "_PAGE", 4)
+    batch_id, ids = a_batch(stage, 20)
+    orders = [(2, 3, 7), (1, 4, 8, 12), (5, 6, 9, 10, 11), (20, 19, 18, 17, 16, 15, 14, 13)]
+    got, cursor = [], "0"
+    for order in orders:
+        finish(stage, ids, *order)
+        wanted = len(order)
+        while wanted > 0:
+            part = [json.loads(line) for line in read(stage, batch_id, cursor, min(cut_after, wanted)).splitlines()]
+            got += part
+            wanted -= len(part)
+            cursor = part[-1]["cursor"]
+    rest = stage.client.get("/v1/batches/monday/results", params={"cursor": cursor})
+    assert rest.text == ""
+    assert {line["id"] for line in got} == set(ids)
+
+
+def test_with_few_jobs_missing_nothing_is_sent_twice(stage):
+    batch_id, ids = a_batch(stage, 30)
+    finish(stage, ids, *(n for n in range(1, 31) if n not in (2, 9, 28)))
+    first = [json.loads(line) for line in read(stage, batch_id, "0", 27).splitlines()]
+    assert first[-1]["cursor"] == "30.2.9.28"
+    finish(stage, ids, 2, 9, 28)
+    second = stage.client.get("/v1/batches/monday/results", params={"cursor": first[-1]["cursor"]}).text.splitlines()
+    assert [json.loads(line)["ordinal"] for line in second] == [2, 9, 28]
+
+
+def test_with_many_jobs_missing_the_cursor_stays_short_and_only_later_rows_come_again(stage):
+    batch_id, ids = a_batch(stage, 200)
+    finish(stage, ids, *range(2, 201, 2))
+    lines = [json.loads(line) for line in read(stage, batch_id, "0", 100).splitlines()]
+    assert lines[-1]["cursor"] == "20.1.3.5.7.9.11.13.15.17.19"
+    finish(stage, ids, *range(1, 201, 2))
+    again = stage.client.get("/v1/batches/monday/results", params={"cursor": lines[-1]["cursor"]}).text.splitlines()
+    ordinals = [json.loads(line)["ordinal"] for line in again]
+    assert sorted(ordinals) == [*range(1, 20, 2), *range(21, 201)]
+
+
+def test_it_goes_no_further_than_so_many_unfinished_jobs(stage, monkeypatch):
+    monkeypatch.setattr(batches, "_PAGE", 5)
+    monkeypatch.setattr(batches, "_MOST_MISSING", 8)
+    batch_id, ids = a_batch(stage, 40)
+    finish(stage, ids, 5, 10, 40)
+    sent = Sent()
+
+    left = [n for n in range(1, 41) if n not in (5, 10, 40)]
+
+    async def story():
+        seen = []
+        async for row in batches._as_they_end(stage.client.app.state.parts.db, batch_id, sent):
+            assert len(sent.missing) < 8 + 5
+            if row is not None:
+                seen.append(row.ordinal)
+            else:  # a second in which nothing more ended
+                await asyncio.to_thread(finish, stage, ids, *left[:6])
+                del left[:6]
+        return seen
+
+    seen = stage.client.portal.call(story)
+    assert seen[:2] == [5, 10]
+    assert sorted(seen) == list(range(1, 41))
+
+
+def test_while_nothing_ends_spaces_keep_the_connection_and_each_line_stays_json(stage, monkeypatch):
+    monkeypatch.setattr(batches, "_BEAT_S", 0)
+    batch_id, ids = a_batch(stage, 2)
+    stage.succeed(ids[0])
+
+    async def story():
+        text = ""
+        async for said in batches._lines(stage.client.app.state.parts.db, batch_id, Sent()):
+            text += said
+            if text.endswith("   "):
+                await asyncio.to_thread(stage.succeed, ids[1])
+        return text
+
+    text = stage.client.portal.call(story)
+    assert "\n   " in text
+    assert [json.loads(line)["ordinal"] for line in text.splitlines()] == [1, 2]
+
+
+def test_a_cursor_of_another_batch_ends_with_the_batch(stage):
+    batch_id, ids = a_batch(stage, 2)
+    finish(stage, ids, 1, 2)
+    stage.sql("UPDATE batches SET state = 'finished', finished_at = now(), succeeded = 2 WHERE id = :id", id=batch_id)
+    assert stage.client.get("/v1/batches/monday/results", params={"cursor": "900.3.800"}).text == ""
+
+
+def test_a_cursor_that_was_never_given_out_is_a_422(stage):
+    a_batch(stage, 1)
+    for cursor in ("", "x", "-1", "1.", "1..2", "1.2.x", ".".join(["1"] * 12), "9" * 19, "１"):
+        response = stage.client.get("/v1/batches/monday/results", params={"cursor": cursor})
+        assert (response.status_code, "cursor" in response.json()["detail"]) == (422, True), cursor
+
+
+def test_an_answer_that_cannot_be_read_does_not_break_the_results_off(stage):
+    _, ids = a_batch(stage, 3)
+    finish(stage, ids, 1, 2, 3)
+    stage.sql("UPDATE results SET answer = CAST('[]' AS jsonb) WHERE job_id = :id", id=UUID(ids[1]))
+    lines = [json.loads(line) for line in stage.client.get("/v1/batches/monday/results").text.splitlines()]
+    assert [(line["ordinal"], (line["error"] or {}).get("code")) for line in lines] == [(1, None), (2, "unreadable_answer"), (3, None)]
+    assert lines[1]["result"] is None
+
+
+@given(st.sets(st.integers(1, 60), max_size=40), st.integers(60, 80))
+def test_a_cursor_never_claims_more_than_was_sent(missing, front):
+    sent = Sent(front, sorted(missing))
+    again = Sent.until(sent.cursor)
+    assert len(sent.cursor) < 200
+    for ordinal in range(1, 81):
+        claimed = ordinal <= again.front and ordinal not in again.missing
+        assert not claimed or (ordinal <= front and ordinal not in missing)
+    if len(missing) <= 10:
+        assert again == sent
+    assert all(one < other for one, other in pairwise(again.missing))

@@ -1,0 +1,322 @@
+"""Producers in Python, against real servers: what they hand in, wait for and get back, and what they leave alone."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+from redis import Redis
+from stage import answered, play, rows, take
+
+from worker.dispatch import queue_name
+from worker.errors import NotFound, Unreachable, UsageError, WaitTimedOut
+from worker.job import JobState, Lane, new_id
+from worker.ledger import settle
+from worker.producer import AsyncBackstop, Backstop
+from worker.submit import KeyReused
+from worker.transport import screened
+
+LONG_S = 60.0  # never waited out by a test that passes
+NOWHERE = "postgresql://nobody@127.0.0.1:1/none"
+NO_FILE = "/nowhere/backstop.toml"
+
+
+@pytest.fixture
+def client(database_url, redis_url):
+    with Backstop(database_url=database_url, redis_url=redis_url, config=NO_FILE) as made:
+        yield made
+
+
+def answer(database_url, *job_ids):
+    async def story(db):
+        await settle(db, [answered(claim, f"to {claim.job_id}") for claim in await take(db, job_ids)])
+
+    play(database_url, story)
+
+
+def ids_of(database_url, batch):
+    found = []
+
+    async def story(db):
+        found.extend(row.id for row in await rows(db, "SELECT id FROM jobs WHERE batch_id = :id ORDER BY ordinal", id=batch.id))
+
+    play(database_url, story)
+    return found
+
+
+def test_a_text_becomes_a_job_that_workers_are_woken_for(client, redis_url):
+    job = client.enqueue("hello", temperature=0, metadata={"ticket": 7})
+    queue = queue_name(Lane.INTERACTIVE)
+    with Redis.from_url(redis_url) as redis:
+        (message,) = redis.lrange(queue, 0, -1)
+    assert screened((queue.encode(), message)) is not None
+    assert str(job.job_id).encode() in message
+    assert b"hello" not in message
+    view = client.result(job)
+    assert (view.state, view.lane, view.metadata) == (JobState.QUEUED, Lane.INTERACTIVE, {"ticket": 7})
+
+
+def test_a_job_is_waited_for_and_its_answer_read(client, database_url):
+    job = client.enqueue([{"role": "user", "content": "hello"}])
+    answer(database_url, job.job_id)
+    view = client.wait(job, LONG_S)
+    assert view.answer is not None
+    assert view.answer.content == f"to {job.job_id}"
+    assert client.wait(str(job.job_id), 0) == view
+
+
+def test_a_wait_that_is_too_short_says_so_and_the_job_goes_on(client):
+    job = client.enqueue("hello")
+    with pytest.raises(WaitTimedOut, match=str(job.job_id)):
+        client.wait(job, 0)
+    with pytest.raises(WaitTimedOut, match="1 jobs"):
+        list(client.as_completed([job], 0))
+    assert client.result(job).state is JobState.QUEUED
+
+
+def test_an_idempotency_key_gives_the_job_of_then_or_refuses(client):
+    first = client.enqueue("hello", idempotency_key="k")
+    again = client.enqueue("hello", idempotency_key="k")
+    assert (again.job_id, again.replayed) == (first.job_id, True)
+    with pytest.raises(KeyReused):
+        client.enqueue("good bye", idempotency_key="k")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, r"messages\[0\].role"),
+        ({"messages": None}, "messages"),
+        ({"messages": "x", "temprature": 1}, "temprature: unknown parameter, did you mean 'temperature'"),
+        ({"messages": "x", "temperature": 9}, "temperature"),
+        ({"messages": "x", "lane": "fast"}, "lane"),
+        ({"messages": "x", "deadline_s": 0}, "deadline_s"),
+        ({"messages": "x", "deadline_s": float("nan")}, "deadline_s"),
+        ({"messages": "x", "idempotency_key": ""}, "idempotency_key"),
+        ({"messages": "x", "metadata": {"when": object()}}, "metadata"),
+        ({"messages": "x", "metadata": ["a"]}, "metadata"),
+        ({"messages": "x", "chain": ""}, "chain"),
+    ],
+)
+def test_bad_input_is_told_at_the_call_and_names_the_field(given, named):
+    with (
+        Backstop(database_url=NOWHERE, redis_url="redis://127.0.0.1:1/0", config=NO_FILE) as client,
+        pytest.raises(UsageError, match=named),
+    ):
+        client.enqueue(**given)
+
+
+def test_an_unknown_chain_is_told_where_the_configuration_is_there(tmp_path):
+    file = tmp_path / "backstop.toml"
+    file.write_text('[providers.a]\nbase_url = "http://127.0.0.1:1/v1"\nmodel = "m"\n[chains.default]\nproviders = ["a"]\n')
+    with (
+        Backstop(database_url=NOWHERE, redis_url="redis://127.0.0.1:1/0", config=file) as client,
+        pytest.raises(UsageError, match="elsewhere"),
+    ):
+        client.enqueue("x", chain="elsewhere")
+
+
+def test_a_server_that_is_not_there_is_unreachable():
+    with Backstop(database_url=NOWHERE, redis_url="redis://127.0.0.1:1/0", config=NO_FILE) as client, pytest.raises(Unreachable):
+        client.enqueue("x")
+
+
+def test_without_redis_a_job_is_taken_all_the_same(database_url):
+    with Backstop(database_url=database_url, redis_url="redis://127.0.0.1:1/0", config=NO_FILE) as client:
+        assert client.result(client.enqueue("x")).state is JobState.QUEUED
+
+
+def test_jobs_of_others_are_not_there(client, database_url, redis_url):
+    job = client.enqueue("hello")
+    with Backstop(database_url=database_url, redis_url=redis_url, config=NO_FILE, tenant="other") as other:
+        for ask in (other.result, other.wait, other.cancel, lambda one: list(other.as_completed([one]))):
+            with pytest.raises(NotFound):
+                ask(job)
+    with pytest.raises(NotFound):
+        client.result(new_id())
+
+
+def test_jobs_come_as_they_are_completed(client, database_url):
+    jobs = [client.enqueue(f"ticket {n}") for n in range(3)]
+    answer(database_url, jobs[2].job_id)
+    arriving = client.as_completed(jobs, LONG_S)
+    assert next(arriving).id == jobs[2].job_id
+    answer(database_url, jobs[0].job_id)
+    assert next(arriving).id == jobs[0].job_id
+    answer(database_url, jobs[1].job_id)
+    assert [view.id for view in arriving] == [jobs[1].job_id]
+
+
+def test_a_batch_comes_back_in_the_order_it_was_given(client, database_url):
+    batch = client.enqueue_many(
+        ["a", [{"role": "user", "content": "b"}], {"messages": "c", "custom_id": "third", "seed": 1}], batch="monday"
+    )
+    ids = ids_of(database_url, batch)
+    answer(database_url, *reversed(ids))
+    found = list(client.results(batch, LONG_S))
+    assert [row.job_id for row in found] == ids
+    assert [row.custom_id for row in found] == [None, None, "third"]
+    assert {row.state for row in found} == {"succeeded"}
+    assert list(client.results("monday", 0)) == found
+
+
+def test_results_wait_for_the_row_whose_turn_it_is(client, database_url):
+    batch = client.enqueue_many(["a", "b"])
+    first, second = ids_of(database_url, batch)
+    answer(database_url, second)
+    threading.Timer(0, answer, (database_url, first)).start()
+    assert [(row.job_id, row.state) for row in client.results(batch, LONG_S)] == [(first, "succeeded"), (second, "succeeded")]
+
+
+def test_a_bad_row_is_named_and_the_mended_batch_is_resumed(client, database_url, monkeypatch):
+    monkeypatch.setattr("worker.submit.CHUNK", 2)
+    with pytest.raises(UsageError, match=r"row 4: messages\[0\]"):
+        client.enqueue_many(["a", "b", "c", [{}]], batch="monday")
+    batch = client.enqueue_many(["a", "b", "c", "d"], batch="monday")
+    assert batch.resumed
+    assert len(ids_of(database_url, batch)) == 4
+    assert client.enqueue_many(["a", "b", "c", "d"], batch="monday").complete
+    with pytest.raises(UsageError, match="monday"):
+        client.enqueue_many(["a"], batch="monday", temperature=1)
+
+
+def test_rows_are_never_held_at_once(client, monkeypatch):
+    monkeypatch.setattr("worker.submit.CHUNK", 10)
+    seen = []
+
+    def source():
+        for n in range(35):
+            if n and n % 10 == 0:
+                with Redis.from_url(client._settings["redis_url"]):
+                    seen.append(client_total())
+            yield f"ticket {n}"
+
+    def client_total():
+        with Backstop(**client._settings) as other:
+            return sum(1 for _ in other._run(lambda producer: _batch_total(producer)))
+
+    client.enqueue_many(source(), batch="stream")
+    assert seen == [10, 20, 30]
+
+
+async def _batch_total(producer):
+    links = await producer._opened()
+    return await rows(links.db, "SELECT id FROM jobs")
+
+
+def test_a_cancelled_job_and_a_cancelled_batch_end(client):
+    job = client.enqueue("x")
+    assert client.cancel(job).cancelled == 1
+    assert client.result(job).state is JobState.CANCELLED
+    batch = client.enqueue_many(["a", "b"])
+    assert client.cancel(batch).cancelled == 2
+    assert {row.state for row in client.results(batch, 0)} == {"cancelled"}
+
+
+def test_threads_share_one_client(client):
+    jobs = []
+    threads = [threading.Thread(target=lambda: jobs.append(client.enqueue("x").job_id)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(jobs)) == 20
+
+
+def test_it_works_where_an_event_loop_runs(client):
+    async def story():
+        return client.enqueue("x")
+
+    assert client.result(asyncio.run(story())).state is JobState.QUEUED
+
+
+def test_a_closed_client_may_be_closed_again_and_used_again(client):
+    job = client.enqueue("x")
+    client.close()
+    client.close()
+    assert client.result(job).id == job.job_id
+    client.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "backstop-loop"]
+
+
+def test_the_asynchronous_one_does_the_same(database_url, redis_url):
+    async def story():
+        async with AsyncBackstop(database_url=database_url, redis_url=redis_url, config=NO_FILE) as client:
+            job = await client.enqueue("x")
+            with suppress(WaitTimedOut):
+                await client.wait(job, 0)
+            await client.cancel(job)
+            return [view.state async for view in client.as_completed([job])]
+
+    assert asyncio.run(story()) == [JobState.CANCELLED]
+
+
+def test_another_event_loop_is_refused_until_it_is_closed(database_url, redis_url):
+    client = AsyncBackstop(database_url=database_url, redis_url=redis_url, config=NO_FILE)
+    loop = asyncio.new_event_loop()
+    job = loop.run_until_complete(client.enqueue("x"))
+    with pytest.raises(UsageError, match="another event loop"):
+        asyncio.run(client.result(job))
+    loop.run_until_complete(client.aclose())
+    loop.close()
+
+    async def again():
+        async with client:
+            return await client.result(job)
+
+    assert asyncio.run(again()).id == job.job_id
+
+
+def python(source, database_url, redis_url):
+    environ = os.environ | {"DATABASE_URL": database_url, "REDIS_URL": redis_url, "BACKSTOP_CONFIG": NO_FILE}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", source], env=environ, capture_output=True, text=True, timeout=LONG_S, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+def test_a_child_after_a_fork_and_its_parent_both_go_on(database_url, redis_url):
+    source = """if True:
+    import os, warnings
+    from worker.producer import Backstop
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python's own, of forking where threads run
+    client = Backstop()
+    first = client.enqueue("before")
+    child = os.fork()
+    if child == 0:
+        print(client.enqueue("child").job_id, flush=True)
+        client.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    print(client.enqueue("parent").job_id, client.result(first).id)
+    """
+    assert len(set(python(source, database_url, redis_url))) == 3
+
+
+def test_an_interpreter_that_ends_with_a_client_open_neither_hangs_nor_warns(database_url, redis_url):
+    assert len(python("from worker.producer import Backstop; c = Backstop(); print(c.enqueue('x').job_id)", database_url, redis_url)) == 1
+
+
+def test_importing_it_leaves_the_host_as_it_is(database_url, redis_url):
+    source = """if True:
+    import logging, signal, sys, threading
+    from celery import Celery, current_app
+    from kombu.transport import TRANSPORT_ALIASES
+    host = Celery("host", broker="memory://")
+    host.set_current()
+    before = dict(TRANSPORT_ALIASES), signal.getsignal(signal.SIGTERM), logging.root.handlers[:], threading.active_count()
+    from worker.producer import Backstop
+    Backstop()
+    after = dict(TRANSPORT_ALIASES), signal.getsignal(signal.SIGTERM), logging.root.handlers[:], threading.active_count()
+    assert before == after
+    with Backstop() as client:
+        client.enqueue("x")
+    assert current_app.main == "host" and "worker.app" not in sys.modules
+    print("ok")
+    """
+    assert python(source, database_url, redis_url) == ["ok"]
