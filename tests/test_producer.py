@@ -15,10 +15,14 @@ from worker.dispatch import queue_name
 from worker.errors import NotFound, Unreachable, UsageError, WaitTimedOut
 from worker.job import JobState, Lane, new_id
 from worker.ledger import settle
+from worker.loop import LoopThread
 from worker.producer import AsyncBackstop, Backstop
+from worker.simulator import script
+from worker.simulator.server import Simulator
 from worker.submit import KeyReused
 from worker.transport import screened
 
+SCRIPT = {"providers": {"good": {}, "bad": {"faults": [{"kind": "status", "status": 500, "rate": 1}]}}}
 LONG_S = 60.0  # never waited out by a test that passes
 NOWHERE = "postgresql://nobody@127.0.0.1:1/none"
 NO_FILE = "/nowhere/backstop.toml"
@@ -320,3 +324,46 @@ def test_importing_it_leaves_the_host_as_it_is(database_url, redis_url):
     print("ok")
     """
     assert python(source, database_url, redis_url) == ["ok"]
+
+
+@pytest.fixture
+def vendors():
+    """One that answers and one that never does, as a configuration file would name them."""
+    loop, simulator = LoopThread(), Simulator(script.parse(SCRIPT, "script"))
+    loop.submit(simulator.__aenter__()).result()
+    yield simulator
+    loop.submit(simulator.__aexit__()).result()
+    loop.stop()
+
+
+def configured(simulator, place):
+    lines = [
+        f'[providers.{name}]\nbase_url = "{simulator.base_url(name)}"\nmodel = "{name}"\nmax_retries = 0\n' for name in ("good", "bad")
+    ]
+    file = place / "backstop.toml"
+    file.write_text("".join(lines) + '[chains.default]\nproviders = ["bad", "good"]\n')
+    return file
+
+
+def test_a_chat_is_answered_in_this_process_and_is_on_the_books(database_url, redis_url, vendors, tmp_path):
+    with Backstop(database_url=database_url, redis_url=redis_url, config=configured(vendors, tmp_path), data=tmp_path) as here:
+        view = here.chat("hello", max_tokens=5, timeout_s=LONG_S)
+        assert (view.state, view.answer.provider, view.calls) == (JobState.SUCCEEDED, "good", 2)
+        with Redis.from_url(redis_url) as redis:
+            assert redis.llen(queue_name(Lane.INTERACTIVE)) == 0
+
+        async def story(db):
+            assert [row.lanes for row in await rows(db, "SELECT lanes FROM workers WHERE state = 'live'")] == [""]
+            assert [row.outcome for row in await rows(db, "SELECT outcome FROM provider_calls ORDER BY id")] == ["server_error", "answered"]
+
+        play(database_url, story)
+
+    async def gone(db):
+        assert [row.state for row in await rows(db, "SELECT state FROM workers")] == ["gone"]
+
+    play(database_url, gone)
+
+
+def test_a_chat_that_nobody_answers_in_time_is_an_expired_job(database_url, redis_url, vendors, tmp_path):
+    with Backstop(database_url=database_url, redis_url=redis_url, config=configured(vendors, tmp_path), data=tmp_path) as here:
+        assert here.chat("hello", chain="bad", timeout_s=0.5).state is JobState.EXPIRED

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Sequ
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 import redis
@@ -33,6 +33,9 @@ from worker.submit import BULK_DEADLINE_S, Batch, Submitted
 from worker.transport import TASK, message_of
 from worker.views import BatchView, JobView
 from worker.waiting import Endings
+
+if TYPE_CHECKING:
+    from worker.wiring import WorkerProcess
 
 PAGE = 1_000  # rows of a batch in memory at once
 
@@ -76,6 +79,7 @@ class Following:
         self._settings: Settings | None = None
         self._links: Links | None = None
         self._opening = asyncio.Lock()
+        self._process: tuple[Links, WorkerProcess] | None = None  # which ends with its links
         self._inherited: list[Links] = []  # another process's: closing them would end its connections
 
     async def __aenter__(self) -> Self:
@@ -199,6 +203,17 @@ class Following:
         if self._links.loop is not loop:
             raise UsageError("this AsyncBackstop belongs to another event loop: make one for each, or close it there first")
         return self._links
+
+    async def _at_work(self, links: Links) -> WorkerProcess:
+        """What a worker is made of, without lanes and never the leader."""
+        from worker.wiring import WorkerProcess  # half of Celery comes with it
+
+        async with self._opening:
+            if self._process is None or self._process[0] is not links:
+                made = await WorkerProcess.open(attached(self._settings_now()), (), leads=False)
+                links.open.push_async_callback(made.drain)
+                self._process = links, made
+            return self._process[1]
 
     def _settings_now(self) -> Settings:
         if self._settings is None:

@@ -6,6 +6,7 @@ Celery of its own keeps it as it is. Importing this starts nothing; the first me
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import json
 import os
@@ -18,17 +19,20 @@ from weakref import WeakSet
 
 from worker.batchlines import chat_request
 from worker.config import load
-from worker.errors import UsageError
+from worker.errors import UsageError, WaitTimedOut
 from worker.export import ExportRow
 from worker.following import Following, Job, reached
 from worker.intervene import Cancelled
-from worker.job import ChatRequest, Lane, new_id
+from worker.job import ChatRequest, JobState, Lane, new_id
 from worker.loop import LoopThread
+from worker.rescue import expire
 from worker.submit import BULK_DEADLINE_S, Batch, NewJob, Row, Submitted, add_rows, close_batch, open_batch, submit
 from worker.textfile import UNSTORABLE
 from worker.views import JobView
 
 MAX_DEADLINE_S = 7 * 86_400.0
+AGAIN_S = 0.2  # between looks whether a job may be attempted again
+LATE_S = 5.0  # from a deadline until a job has surely ended
 
 Messages = str | Sequence[Mapping[str, Any]]  # a text is one user message
 Value = TypeVar("Value")
@@ -95,6 +99,30 @@ class AsyncBackstop(Following):
                 await close_batch(links.db, made)
         return made
 
+    async def chat(self, messages: Messages, *, chain: str = "default", timeout_s: float = 60, **parameters: Any) -> JobView:
+        """The job, ended: its chain was run by this process, no queue and no other worker had a part in it.
+
+        It is a job like all others, its calls on the books before they leave, mended by the workers should this process die. It spares the
+        way through Redis, and takes the connections and the provider keys of a worker, from the first call on. For many at once, and for
+        whatever may wait, take `enqueue`. Raises UsageError as `enqueue` does; WaitTimedOut, and a worker may still end the job.
+        """
+        self._check(chain, timeout_s)
+        job = NewJob(request=_request(messages, parameters), chain=chain, deadline_s=timeout_s, tenant=self._tenant)
+        links = await self._opened()
+        attempts = (await self._at_work(links)).attempts
+        with reached():
+            submitted = await submit(links.db, _nobody, job)
+            ends_s = links.loop.time() + timeout_s
+            while not (view := await self.result(submitted)).ended:
+                if links.loop.time() > ends_s + LATE_S:
+                    raise WaitTimedOut(f"job {view.id} is {view.state} after {timeout_s:g} s; a worker may still end it")
+                if links.loop.time() > ends_s:
+                    async with links.db.connect() as connection:
+                        await expire(connection)  # no leader need be there
+                states = await attempts.run_pack(view.id, [view.id], Lane.INTERACTIVE)
+                await asyncio.sleep(0 if states and JobState.QUEUED not in states else AGAIN_S)
+        return view
+
     def _check(self, chain: str, deadline_s: float, idempotency_key: str | None = None) -> None:
         if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s <= MAX_DEADLINE_S:
             raise UsageError(f"deadline_s: expected seconds, more than 0 and at most {MAX_DEADLINE_S:.0f}")
@@ -145,6 +173,10 @@ class Backstop:
     def enqueue_many(self, rows: Iterable[Messages | Mapping[str, Any]], **how: Any) -> Batch:
         """See AsyncBackstop.enqueue_many."""
         return self._run(lambda producer: producer.enqueue_many(rows, **how))
+
+    def chat(self, messages: Messages, **how: Any) -> JobView:
+        """See AsyncBackstop.chat."""
+        return self._run(lambda producer: producer.chat(messages, **how))
 
     def result(self, job: Job) -> JobView:
         """See AsyncBackstop.result."""
@@ -222,6 +254,10 @@ def _request(messages: Any, parameters: Mapping[str, Any]) -> ChatRequest:
         return chat_request({**parameters, "messages": body})
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _nobody(*_: object) -> None:
+    """Is told of a job that its submitter runs itself."""
 
 
 def _lane(lane: Lane | str) -> Lane:
