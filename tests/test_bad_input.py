@@ -364,13 +364,13 @@ def test_answers_of_versions_before_and_after_this_one_are_read():
     assert Answer.from_json(older) == Answer.from_json(newer) == Answer.from_json(ANSWER) == stage.an_answer()
 
 
-def test_an_answer_that_cannot_be_read_is_a_problem_that_says_so(api, database_url):
+def test_an_answer_that_cannot_be_read_is_no_answer_and_the_job_says_so(api, database_url):
     job_id = api.post("/v1/jobs", content=f"{{{HI}}}").json()["id"]
 
     async def story(db):
         await stage.rows(db, "INSERT INTO results (job_id, fence, answer) VALUES (:id, 1, '[7]')", id=job_id)
 
     stage.play(database_url, story)
-    answer = api.get(f"/v1/jobs/{job_id}")
-    assert answer.status_code == 500
-    assert "not one this version wrote" in answer.json()["detail"]
+    answer = api.get(f"/v1/jobs/{job_id}").json()
+    assert (answer["result"], answer["error"]["code"]) == (None, "unreadable_answer")
+    assert "not one this version wrote" in answer["error"]["message"]

@@ -74,7 +74,7 @@ def test_a_rung_has_no_last_word_about_a_job_and_costs_it_no_attempt():
 
 
 def test_a_rung_that_may_have_been_billed_is_for_a_person_to_look_at_where_the_chain_says_so():
-    stage = Stage({"a": [failed(Signal.OVERLOADED)], "s": [failed(Signal.TIMED_OUT)]}, route=SMALLER | {"on_unknown": "park"})
+    stage = Stage({"a": [failed(Signal.OVERLOADED)], "s": [failed(Signal.TIMED_OUT)]}, route=SMALLER | {"on_unknown": "fail"})
     assert virtually(stage, **PERSON)[0] == Doubtful()
 
 

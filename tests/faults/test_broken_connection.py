@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+import kombu.transport
+import pytest
 from celery import Celery
 from kombu import Connection, Exchange, Queue
 
@@ -12,10 +14,15 @@ from worker.job import Lane
 from worker.transport import TIDY, install
 
 
+@pytest.fixture(autouse=True)
+def ours(monkeypatch):
+    """As in a worker, also where this process has opened a Redis by kombu's own transport before."""
+    monkeypatch.setattr(kombu.transport, "_transport_cache", {})
+    install()
+
+
 def test_a_broken_connection_with_a_message_in_hand_is_closed_without_a_trace(laboratory):
     """As Celery does it: collected, then closed, while errors of the connection, and no others, are let pass."""
-
-    install()
 
     async def story(lab):
         connection = Connection(lab.environment["REDIS_URL"], transport_options=DELIVERY["broker_transport_options"])
@@ -46,7 +53,6 @@ def test_a_broken_connection_with_a_message_in_hand_is_closed_without_a_trace(la
 
 def test_a_message_of_a_connection_that_was_replaced_since_is_acknowledged_without_a_trace(redis_url):
     """Celery's threads hand acks to its loop, which may have another connection by then; only errors of connections are let pass."""
-    install()
     taken = []
     with Celery("courier", broker=redis_url, set_as_current=False) as courier, Connection(redis_url) as connection:
         courier.send_task(TIDY, queue=queue_name(Lane.BULK))
