@@ -13,7 +13,7 @@ from sqlalchemy import event
 from stage import answered, counters_are_exact, ending, play, rows, take
 from test_files import a_file, content
 
-from worker import file_batches, files, intake, intervene
+from worker import file_batches, files, intake, intervene, webhooks
 from worker.config import parse
 from worker.file_batches import NewFileBatch
 from worker.intake import LONGEST_LINE, Lines, tend
@@ -585,5 +585,16 @@ def test_a_large_file_needs_no_more_memory_than_a_piece_of_it(database_url, monk
     async def story(db):
         small = await peak(db, 500)
         assert await peak(db, 5_000) < 1.5 * small + 1_000_000
+
+    play(database_url, story)
+
+
+def test_a_batch_that_fails_its_check_is_told_as_finished(database_url):
+    async def story(db):
+        await webhooks.create(db, url="https://example.com/hook", events=["batch.finished"], tenant="default", private=False)
+        batch_id = await a_file_batch(db, b"{oops\n")
+        await tend(db, CONFIG)
+        assert (await now(db, batch_id)).state == "failed"
+        assert [row.subject_id for row in await rows(db, "SELECT subject_id FROM deliveries")] == [batch_id]
 
     play(database_url, story)

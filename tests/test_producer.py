@@ -368,3 +368,30 @@ def test_a_chat_is_answered_in_this_process_and_is_on_the_books(database_url, re
 def test_a_chat_that_nobody_answers_in_time_is_an_expired_job(database_url, redis_url, vendors, tmp_path):
     with Backstop(database_url=database_url, redis_url=redis_url, config=configured(vendors, tmp_path), data=tmp_path) as here:
         assert here.chat("hello", chain="bad", timeout_s=0.5).state is JobState.EXPIRED
+
+
+def test_results_of_a_batch_that_is_still_being_submitted_wait_for_its_rows(client, database_url):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def requests():
+        begun.set()
+        assert go_on.wait(LONG_S)
+        yield "late"
+
+    loader = threading.Thread(target=lambda: client.enqueue_many(requests(), batch="slow"))
+    loader.start()
+    assert begun.wait(LONG_S)
+    results = client.results("slow", timeout_s=LONG_S)
+    with pytest.raises(WaitTimedOut, match="still being submitted"):
+        next(client.results("slow", timeout_s=0))
+    go_on.set()
+    loader.join(LONG_S)
+    (job_id,) = ids_of(database_url, client.enqueue_many(["late"], batch="slow"))
+    answer(database_url, job_id)
+    assert [row.job_id for row in results] == [job_id]
+
+
+@pytest.mark.parametrize("rows", ["abc", {"messages": []}])
+def test_one_request_is_no_iterable_of_requests(client, rows):
+    with pytest.raises(UsageError, match="rows: expected an iterable"):
+        client.enqueue_many(rows)

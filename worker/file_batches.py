@@ -20,6 +20,7 @@ from worker import intervene
 from worker.database import STATEMENT_S, jsonb, promptly, run
 from worker.errors import BackstopError
 from worker.job import new_id
+from worker.tally import TOLD
 
 RETRY_S = 600.0  # so long after it was made, a batch is what a retry of its POST means
 
@@ -228,12 +229,17 @@ UPDATE file_batches SET state = '{state}', {state}_at = now() WHERE batch_id = :
 _VALIDATED = text(_MOVE.format(was="validating", state="in_progress"))
 _FINALIZING = text(_MOVE.format(was="in_progress", state="finalizing"))
 
-_FAILED = text("""
+_FAILED = text(f"""
 WITH failed AS (
     UPDATE file_batches SET state = 'failed', failed_at = now(), errors = CAST(:errors AS jsonb)
     WHERE batch_id = :id AND state = 'validating' RETURNING batch_id
-)
-UPDATE batches b SET state = 'finished', finished_at = now() FROM failed f WHERE b.id = f.batch_id AND b.state = 'loading'
+), closed AS (
+    UPDATE batches b SET state = 'finished', finished_at = now() FROM failed f WHERE b.id = f.batch_id AND b.state = 'loading'
+    RETURNING b.id, b.tenant
+), news AS (
+    SELECT tenant, 'batch.finished' AS event, id AS subject_id FROM closed
+), {TOLD}
+SELECT id FROM closed
 """)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from worker.wiring import WorkerProcess
 
 PAGE = 1_000  # rows of a batch in memory at once
+LOOK_S = 0.5  # between looks at a batch that is still being submitted
 
 Job = Submitted | UUID | str
 
@@ -149,15 +150,21 @@ class Following:
         found, after = await self._batch(links, batch), 0
         until = links.loop.time() + timeout_s
         while True:
+            loading = (await self._batch(links, found.id)).state == "loading"
             with reached():
                 page = await reads.batch_results(links.db, found.id, after, PAGE)
-            if not page:
+            if not page and not loading:
                 return
+            if not page:
+                if links.loop.time() > until:
+                    raise WaitTimedOut(f"batch {found.name} is still being submitted after {timeout_s:g} s")
+                await asyncio.sleep(LOOK_S)
+                continue
             for row in page:
-                if row.state not in TERMINAL:
+                while row.state not in TERMINAL:  # it may be queued again in between
                     await self._all_ended([row.job_id], max(0.0, until - links.loop.time()))
                     with reached():
-                        (row,) = await reads.batch_endings(links.db, found.id, [row.ordinal or 0])
+                        row = next(iter(await reads.batch_endings(links.db, found.id, [row.ordinal or 0])), row)
                 yield row
             after = page[-1].ordinal or 0
 

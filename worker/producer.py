@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 from uuid import UUID
 from weakref import WeakSet
@@ -86,6 +87,8 @@ class AsyncBackstop(Following):
         be resumed. Raises UsageError naming the row, or when the batch was made with another chain or parameters.
         """
         self._check(chain, deadline_s)
+        if isinstance(rows, str | Mapping):
+            raise UsageError("rows: expected an iterable of requests, not one request")
         _request("-", parameters)
         links = await self._opened()
         name = f"python-{new_id()}" if batch is None else batch
@@ -97,7 +100,7 @@ class AsyncBackstop(Following):
                 async for _ in add_rows(links.db, made, _rows(rows, chain, parameters), deadline_s=deadline_s, tenant=self._tenant):
                     pass
                 await close_batch(links.db, made)
-        return made
+        return replace(made, complete=True)
 
     async def chat(self, messages: Messages, *, chain: str = "default", timeout_s: float = 60, **parameters: Any) -> JobView:
         """The job, ended: its chain was run by this process, no queue and no other worker had a part in it.

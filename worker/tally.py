@@ -6,7 +6,7 @@ from sqlalchemy import text
 
 # Of the CTE `news(tenant, event, subject_id)`. Where no webhook exists the news are not even looked at. Nothing refers to
 # `webhooks` by a foreign key: one that is deleted at this moment must not undo the end of a job.
-_TOLD = """
+TOLD = """
 told AS (
     INSERT INTO deliveries (webhook_id, event, subject_id)
     SELECT w.id, n.event, n.subject_id FROM news n JOIN webhooks w ON w.tenant = n.tenant AND n.event = ANY(w.events)
@@ -37,7 +37,7 @@ counted AS (
     WHERE m.batch_id IS NULL
     UNION ALL
     SELECT tenant, 'batch.finished', id FROM counted WHERE closes
-), {_TOLD}"""
+), {TOLD}"""
 
 
 # Takes no more rows, and is finished once all of its jobs have ended.
@@ -49,6 +49,6 @@ WITH closed AS (
     WHERE id = :id AND state = 'loading' RETURNING id, tenant, state
 ), news AS (
     SELECT tenant, 'batch.finished' AS event, id AS subject_id FROM closed WHERE state = 'finished'
-), {_TOLD}
+), {TOLD}
 SELECT id FROM closed
 """)
