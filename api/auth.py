@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request
@@ -47,10 +47,10 @@ async def _caller(request: Request) -> keys.Caller:
     return caller
 
 
-def allowed(scope: keys.Scope) -> Callable[[Request, object], keys.Caller]:
+def allowed(scope: keys.Scope) -> Callable[[Request, object], Awaitable[keys.Caller]]:
     """The holder of a key that may do this; 403 for one that may not."""
 
-    def check(request: Request, documented: Annotated[object, Depends(_BEARER)]) -> keys.Caller:
+    async def check(request: Request, documented: Annotated[object, Depends(_BEARER)]) -> keys.Caller:
         caller = request.state.caller
         assert isinstance(caller, keys.Caller)
         if scope not in caller.scopes:

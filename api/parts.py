@@ -39,7 +39,7 @@ class Parts:
     jobs: Group[UUID, JobView | None]
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:  # a plain function would be run in a thread of its own
     parts = request.app.state.parts
     assert isinstance(parts, Parts)
     return parts

@@ -7,6 +7,7 @@ FastAPI route in rounds that take turns.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -33,6 +34,7 @@ from worker.database import run, upgrade
 from worker.embedded.servers import running
 from worker.intervene import cancel
 from worker.job import ChatRequest, Lane
+from worker.loop import new_event_loop
 from worker.settings import Settings
 from worker.submit import NewJob, submit
 from worker.wiring import Connections, connections
@@ -82,7 +84,9 @@ def _measured(size: Size, place: Path) -> dict[str, Any]:
             port = _free_port()
             process = stack.enter_context(processes.running([*argv, "--port", str(port)], place / f"{name}.log", os.environ))
             urls[name], pids[name] = f"http://127.0.0.1:{port}", process.pid
-        return asyncio.run(_all(size, place, urls, pids["api"]))
+        gc.disable()  # its pauses would be taken for those of the server
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(_all(size, place, urls, pids["api"]))
 
 
 async def _all(size: Size, place: Path, urls: Mapping[str, str], pid: int) -> dict[str, Any]:
