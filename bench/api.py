@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import json
 import os
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -167,24 +168,26 @@ async def _file(size: Size, http: aiohttp.ClientSession, url: str, place: Path, 
     file = place / "lines.jsonl"
     with file.open("w") as out:
         out.writelines(_line(n, size.line_bytes) for n in range(size.lines))
+    with file.open("rb") as content:
+        went = hashlib.file_digest(content, "sha256").digest()
     _say(f"a file of {file.stat().st_size / 1e6:.0f} MB up and down")
     before_mb, began_s = processes.tree_rss_mb(pid), time.perf_counter()
-    async with _peak_mb(pid) as seen_mb:
+    async with processes.peaks(lambda: processes.tree_rss_mb(pid), 0.1) as seen_mb:
         form = aiohttp.FormData({"purpose": "batch"})
         with file.open("rb") as content:
             form.add_field("file", content, filename=file.name)
             async with http.post(f"{url}/v1/files", data=form) as answer:
                 file_id = (await answer.json())["id"]
         up_s = time.perf_counter() - began_s
-        began_s, size_back = time.perf_counter(), 0
+        began_s, came = time.perf_counter(), hashlib.sha256()
         async with http.get(f"{url}/v1/files/{file_id}/content") as response:
             async for piece in response.content.iter_any():
-                size_back += len(piece)
+                came.update(piece)
         down_s = time.perf_counter() - began_s
     return {
         "lines": size.lines,
         "mb": file.stat().st_size / 1e6,
-        "whole": size_back == file.stat().st_size,
+        "whole": came.digest() == went,
         "up_s": up_s,
         "down_s": down_s,
         "rss_mb": [before_mb, max(seen_mb)],
@@ -200,23 +203,6 @@ async def _jobs(open_: Connections, number: int) -> list[Any]:
     """Jobs that nobody works on: bulk ones wait for a dispatcher."""
     new = NewJob(request=ChatRequest([{"role": "user", "content": "hello"}]), lane=Lane.BULK, deadline_s=3_600)
     return [(await submit(open_.db, open_.publish, new)).job_id for _ in range(number)]
-
-
-@asynccontextmanager
-async def _peak_mb(pid: int) -> AsyncIterator[list[float]]:
-    seen = [processes.tree_rss_mb(pid)]
-
-    async def look() -> None:
-        while True:
-            seen.append(processes.tree_rss_mb(pid))
-            await asyncio.sleep(0.1)
-
-    looking = asyncio.create_task(look())
-    try:
-        yield seen
-    finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
 
 
 _CONNECTIONS = text("SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")

@@ -6,9 +6,10 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -78,7 +79,7 @@ async def _measure(asked: int, tickets: int, place: Path, env: Mapping[str, str]
             before = await _succeeded(open_.db)
             began_s = time.monotonic()
             load = await asyncio.to_thread(_enqueue, tickets, place, env)
-            async with _peak_of(env["REDIS_URL"]) as redis_mb:
+            async with processes.peaks(partial(_redis_mb, env["REDIS_URL"]), 0.5) as redis_mb:
                 busy = await _waits(http, base_url, open_, asked, alone_ms)
             done = await _succeeded(open_.db) - before - busy.asked
             rate = done / (time.monotonic() - began_s)
@@ -153,23 +154,10 @@ def _enqueue(tickets: int, place: Path, env: Mapping[str, str]) -> Load:
     return Load(tickets, tickets / took_s, (max(producer_mb[: len(samples) // 5 + 1]), max(producer_mb)), max(mb for _, mb in samples))
 
 
-@asynccontextmanager
-async def _peak_of(redis_url: str) -> AsyncIterator[list[float]]:
-    """Redis's memory in MB, looked at every half second meanwhile."""
-    seen: list[float] = [0.0]
-
-    async def look() -> None:
-        with Redis.from_url(redis_url) as redis:
-            while True:
-                seen.append(redis.info("memory")["used_memory"] / 2**20)
-                await asyncio.sleep(0.5)
-
-    looking = asyncio.create_task(look())
-    try:
-        yield seen
-    finally:
-        looking.cancel()
-        await asyncio.gather(looking, return_exceptions=True)
+def _redis_mb(url: str) -> float:
+    with Redis.from_url(url) as redis:
+        used: int = redis.info("memory")["used_memory"]
+        return used / 2**20
 
 
 async def _succeeded(db: AsyncEngine) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -69,6 +70,24 @@ def family(pid: int) -> dict[int, float]:
 def cpu_s(pid: int) -> float:
     """CPU seconds of a process and its descendants."""
     return sum(family(pid).values())
+
+
+@asynccontextmanager
+async def peaks(look: Callable[[], float], every_s: float) -> AsyncIterator[list[float]]:
+    """What `look` has seen since the beginning, looked at every so often in a thread."""
+    seen = [look()]
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            seen.append(await asyncio.to_thread(look))
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield seen
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 def tree_rss_mb(pid: int) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
+import psycopg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from worker import database
 from worker.calls import Call
 from worker.cost import Usage
+from worker.embedded.servers import Endpoints
 from worker.job import Answer, ChatRequest, JobState, Lane, new_id
 from worker.ledger import Claim, Settlement, claim
 from worker.signals import Billing, Signal
@@ -23,6 +26,17 @@ from worker.submit import Batch, NewJob, Row, add_rows, close_batch, open_batch,
 
 FIRST = {"default": ("first", "m-first")}
 HELLO = ChatRequest([{"role": "user", "content": "hello"}])
+
+
+@contextmanager
+def own_database(servers: Endpoints, name: str) -> Iterator[str]:
+    """The URL of a database of that name with the schema in it, for processes of their own."""
+    with psycopg.connect(servers.database_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+        url = urlunsplit(urlsplit(servers.database_url)._replace(path=f"/{name}"))
+        asyncio.run(database.upgrade(url))
+        yield url
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 def play(database_url: str, story: Callable[[AsyncEngine], Awaitable[None]]) -> None:

@@ -46,11 +46,11 @@ class Stage:
     database_url: str
     on_publish: Callable[..., None] = lambda *_: None
 
-    def key(self, tenant: str) -> dict[str, str]:
+    def key(self, tenant: str = "default", **wanted: Any) -> dict[str, str]:
         async def created() -> str:
             db = database.engine(self.database_url)
             try:
-                return (await keys.create(db, name="test", tenant=tenant)).secret
+                return (await keys.create(db, name="test", tenant=tenant, **wanted)).secret
             finally:
                 await db.dispose()
 

@@ -1,11 +1,10 @@
 """Keys as a client meets them: what comes first, what a key may do, how often."""
 
-import asyncio
 from uuid import uuid4
 
 import pytest
 
-from worker import database, keys
+from worker import keys
 
 SCOPES = {
     "submit": [("POST", "/v1/jobs"), ("POST", "/v1/jobs/x/cancel"), ("POST", "/v1/files"), ("POST", "/v1/chat/completions")],
@@ -14,17 +13,6 @@ SCOPES = {
 }
 HELLO = {"model": "default", "messages": [{"role": "user", "content": "Hello"}], "url": "https://example.com/told"}
 MALFORMED = b'{"messages": [' + b"\xff"
-
-
-def a_key(stage, **wanted):
-    async def created():
-        db = database.engine(stage.database_url)
-        try:
-            return (await keys.create(db, name="test", **wanted)).secret
-        finally:
-            await db.dispose()
-
-    return {"Authorization": f"Bearer {asyncio.run(created())}"}
 
 
 def routes(stage):
@@ -83,7 +71,7 @@ def test_without_a_key_what_is_there_looks_like_what_is_not(stage):
 
 
 def test_a_key_may_do_what_its_scopes_say_and_nothing_else(stage):
-    own = {scope: a_key(stage, scopes=[keys.Scope(scope)]) for scope in SCOPES}
+    own = {scope: stage.key(scopes=[keys.Scope(scope)]) for scope in SCOPES}
     for needed, paths in SCOPES.items():
         for method, path in paths:
             for scope, headers in own.items():
@@ -96,14 +84,14 @@ def test_a_key_may_do_what_its_scopes_say_and_nothing_else(stage):
 
 
 def test_a_key_without_the_scope_does_not_learn_whether_a_job_is_there(stage):
-    job_id, other = stage.submit()["id"], a_key(stage, scopes=[keys.Scope.SUBMIT])
+    job_id, other = stage.submit()["id"], stage.key(scopes=[keys.Scope.SUBMIT])
     answers = [stage.client.get(f"/v1/jobs/{one}", headers=other) for one in (job_id, uuid4())]
     assert [response.status_code for response in answers] == [403, 403]
     assert answers[0].json()["detail"] == answers[1].json()["detail"]
 
 
 def test_a_revoked_key_is_refused_from_the_next_request_on(stage):
-    headers = a_key(stage, tenant="acme")
+    headers = stage.key(tenant="acme")
     assert stage.client.get("/v1/jobs", headers=headers).status_code == 200
     stage.sql("UPDATE api_keys SET revoked_at = now() WHERE tenant = 'acme'")
     response = stage.client.get("/v1/jobs", headers=headers)
@@ -111,7 +99,7 @@ def test_a_revoked_key_is_refused_from_the_next_request_on(stage):
 
 
 def test_a_scope_that_this_version_does_not_know_allows_nothing_and_breaks_nothing(stage):
-    headers = a_key(stage, tenant="acme")
+    headers = stage.key(tenant="acme")
     stage.sql("UPDATE api_keys SET scopes = '{read,fly,\"\"}' WHERE tenant = 'acme'")
     assert stage.client.get("/v1/jobs", headers=headers).status_code == 200
     assert stage.client.post("/v1/jobs", headers=headers, json=HELLO).status_code == 403
@@ -120,5 +108,5 @@ def test_a_scope_that_this_version_does_not_know_allows_nothing_and_breaks_nothi
 
 
 def test_the_scheme_is_read_in_any_case(stage):
-    secret = a_key(stage)["Authorization"].removeprefix("Bearer ")
+    secret = stage.key()["Authorization"].removeprefix("Bearer ")
     assert stage.client.get("/v1/jobs", headers={"Authorization": f"bEARER   {secret} "}).status_code == 200

@@ -7,24 +7,12 @@ from fastapi import HTTPException
 from redis.asyncio import Redis
 
 from api import rate
-from worker import database, keys
 from worker.job import new_id
 from worker.keys import Caller
 
 
-def a_key(stage, **wanted):
-    async def created():
-        db = database.engine(stage.database_url)
-        try:
-            return (await keys.create(db, name="test", **wanted)).secret
-        finally:
-            await db.dispose()
-
-    return {"Authorization": f"Bearer {asyncio.run(created())}"}
-
-
 def test_a_key_is_answered_429_once_its_requests_of_a_minute_are_used_and_others_go_on(stage):
-    limited, other = a_key(stage, rpm=3), a_key(stage, rpm=3)
+    limited, other = stage.key(rpm=3), stage.key(rpm=3)
     answers = [stage.client.get("/v1/jobs", headers=limited) for _ in range(4)]
     assert [response.status_code for response in answers] == [200, 200, 200, 429]
     assert [response.headers["RateLimit"] for response in answers] == ['"rpm";r=2', '"rpm";r=1', '"rpm";r=0', '"rpm";r=0']
@@ -36,7 +24,7 @@ def test_a_key_is_answered_429_once_its_requests_of_a_minute_are_used_and_others
 
 
 def test_a_limited_key_is_told_so_in_openais_words_on_its_routes(stage):
-    limited = a_key(stage, rpm=1)
+    limited = stage.key(rpm=1)
     assert stage.client.get("/v1/models", headers=limited).status_code == 200
     response = stage.client.get("/v1/models", headers=limited)
     assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -44,21 +32,21 @@ def test_a_limited_key_is_told_so_in_openais_words_on_its_routes(stage):
 
 
 def test_nothing_is_submitted_by_a_request_beyond_the_limit(stage):
-    limited = a_key(stage, rpm=1, tenant="acme")
+    limited = stage.key(rpm=1, tenant="acme")
     body = {"messages": [{"role": "user", "content": "Hello"}]}
     assert [stage.client.post("/v1/jobs", headers=limited, json=body).status_code for _ in range(3)] == [202, 429, 429]
     assert len(stage.sql("SELECT FROM jobs WHERE tenant = 'acme'")) == 1
 
 
 def test_a_revoked_key_is_refused_whatever_is_left_of_its_limit(stage):
-    limited = a_key(stage, rpm=1, tenant="acme")
+    limited = stage.key(rpm=1, tenant="acme")
     stage.client.get("/v1/jobs", headers=limited)
     stage.sql("UPDATE api_keys SET revoked_at = now() WHERE tenant = 'acme'")
     assert stage.client.get("/v1/jobs", headers=limited).status_code == 401
 
 
 def test_without_redis_nobody_is_limited(stage_without_redis):
-    limited = a_key(stage_without_redis, rpm=1)
+    limited = stage_without_redis.key(rpm=1)
     assert [stage_without_redis.client.get("/v1/jobs", headers=limited).status_code for _ in range(3)] == [200] * 3
 
 

@@ -12,17 +12,15 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 import jsonschema_rs
-import psycopg
 import pytest
 from celery import Celery
 from redis import Redis
 from sqlalchemy import text
+from stage import own_database
 
-from worker import database
 from worker.app import TASK
 from worker.dispatch import queue_name
 from worker.embedded.servers import Endpoints
@@ -81,7 +79,7 @@ def fleet(servers: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
         loop.submit(simulator.__aenter__()).result()
         stack.callback(lambda: loop.submit(simulator.__aexit__()).result())
         settings = Settings(
-            database_url=stack.enter_context(own_database(servers)),
+            database_url=stack.enter_context(own_database(servers, "fleet")),
             redis_url=servers.redis_url,
             data=home,
             config=configured(home, simulator),
@@ -94,16 +92,6 @@ def fleet(servers: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> Itera
         made = Fleet(settings, simulator, courier)
         asyncio.run(everybody_lives(made))
         yield made
-
-
-@contextmanager
-def own_database(servers: Endpoints) -> Iterator[str]:
-    with psycopg.connect(servers.database_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE fleet")
-        url = urlunsplit(urlsplit(servers.database_url)._replace(path="/fleet"))
-        asyncio.run(database.upgrade(url))
-        yield url
-        connection.execute("DROP DATABASE fleet WITH (FORCE)")
 
 
 def configured(home: Path, simulator: Simulator) -> Path:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
 
 import httpx
-import psycopg
 from redis import Redis
 from sqlalchemy import Engine, create_engine, text
+from stage import own_database
 
 from worker import database, keys
 from worker.embedded.servers import Endpoints
@@ -118,7 +117,7 @@ def open_site(servers: Endpoints, home: Path, *, well: bool = False) -> Iterator
         stack.callback(lambda: loop.submit(simulator.__aexit__()).result())
         names = ["good"] if well else SCRIPT["providers"]
         config = configured(home, simulator, names, None if well else stack.enter_context(serving(ToolVendor)))
-        database_url = stack.enter_context(own_database(servers))
+        database_url = stack.enter_context(own_database(servers, "sdk"))
         settings = Settings(database_url=database_url, redis_url=servers.redis_url, data=home, config=config)
         with Redis.from_url(servers.redis_url) as redis:
             redis.flushall()
@@ -129,16 +128,6 @@ def open_site(servers: Endpoints, home: Path, *, well: bool = False) -> Iterator
         made = Site(settings, url, ledger)
         until(lambda: made.sql("SELECT FROM workers WHERE state = 'live'"))
         yield made
-
-
-@contextmanager
-def own_database(servers: Endpoints) -> Iterator[str]:
-    with psycopg.connect(servers.database_url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE sdk")
-        url = urlunsplit(urlsplit(servers.database_url)._replace(path="/sdk"))
-        asyncio.run(database.upgrade(url))
-        yield url
-        connection.execute("DROP DATABASE sdk WITH (FORCE)")
 
 
 def configured(home: Path, simulator: Simulator, names: Collection[str], tool_vendor: str | None) -> Path:
