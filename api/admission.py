@@ -9,6 +9,9 @@ from fastapi import HTTPException
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import reads
+from worker.dispatch import Publish
+from worker.job import Lane
+from worker.submit import NewJob, Submitted, replayed, submit
 
 LOOK_S = 1.0
 AGAIN_S = 5
@@ -31,6 +34,20 @@ class Admission:
         self._db = db
         self._max_queued = max_queued
         self._looks: dict[str, _Look] = {}
+
+    async def submit(self, publish: Publish, new: NewJob) -> Submitted:
+        """The job is queued; one that its idempotency key stands for already is given back, however many are queued.
+
+        Raises HTTPException, a 429, when as many as may be are; KeyReused as `submit` does.
+        """
+        if new.lane is Lane.INTERACTIVE:
+            try:
+                await self.admit(new.tenant)
+            except HTTPException:
+                if earlier := await replayed(self._db, new):
+                    return earlier
+                raise
+        return await submit(self._db, publish, new)
 
     async def admit(self, tenant: str) -> None:
         """One more job of the tenant's is counted. Raises HTTPException, a 429, when as many as may be are queued."""

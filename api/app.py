@@ -65,6 +65,7 @@ async def _parts(stack: AsyncExitStack, opened: wiring.Connections, configured: 
         publish=opened.publish,
         endings=await stack.enter_async_context(Endings(opened.db, opened.redis)),
         webhooks_private=settings.webhooks_private,
+        max_files_bytes=settings.max_files_gb * 1e9,
         looks=Looks(opened.db),
         admission=Admission(opened.db, settings.max_queued),
         callers=Group(partial(keys.verify_all, opened.db)),

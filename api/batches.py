@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from bisect import bisect_left
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -17,38 +18,40 @@ from api import follow
 from api.auth import Reads
 from api.examples import BATCH_EVENTS, RESULT_LINE
 from api.parts import Opened
-from api.problems import documented
+from api.problems import KnownParameters, documented
 from api.schemas import ResultLine
+from api.spelling import Spelled
 from worker import reads
 from worker.errors import NotFound
 from worker.export import ExportRow
-from worker.job import TERMINAL
 from worker.views import BatchView
 
-_PAGE = 500
+_PAGE = 500  # answers in memory at once
+_MARKS = 5_000  # rows that are looked at in one statement
 _FOLLOW_S = 1.0
-_BEAT_S = 15.0
-_MOST_MISSING = 10_000
+_REST, _LONGEST_S = 4, 5.0  # times as long as a look took, if that is more: among many unfinished jobs a look is no small thing
+_MOST_MISSING = 1_000_000  # of 8 bytes
 _NAMED = 10
 
-_CURSOR = r"^[0-9]{1,18}(\.[0-9]{1,18}){0,10}$"
+_Cursor = Spelled(r"^[0-9]{1,18}(\.[0-9]{1,18}){0,10}$", "the `cursor` of a line that was read, or 0")
 _LINES = {"application/x-ndjson": {"schema": {"type": "string"}, "example": RESULT_LINE}}
 _RESULTS: dict[int | str, dict[str, Any]] = {200: {"description": "Lines of JSON, see the schema `ResultLine`", "content": _LINES}}
 
-router = APIRouter(prefix="/v1", tags=["batches"], responses=documented(401, 403, 404, 422, 503))
+router = APIRouter(prefix="/v1", tags=["batches"], responses=documented(401, 403, 404, 422, 503), dependencies=[KnownParameters])
 
 
 @dataclass(slots=True)
 class Sent:
-    """Which rows of a batch were sent: all up to `front`, but for the `missing`, ascending."""
+    """Which rows of a batch were sent: all up to `front`, but for the `missing`, ascending. `count`: how many."""
 
     front: int = 0
-    missing: list[int] = field(default_factory=list)
+    missing: array[int] = field(default_factory=lambda: array("q"))
+    count: int = 0
 
     @classmethod
     def until(cls, cursor: str) -> Self:
         front, *missing = map(int, cursor.split("."))
-        return cls(front, sorted({ordinal for ordinal in missing if ordinal <= front}))
+        return cls(front, array("q", sorted({ordinal for ordinal in missing if ordinal <= front})))
 
     @property
     def cursor(self) -> str:
@@ -59,6 +62,15 @@ class Sent:
 
     def found(self, ordinal: int) -> None:
         del self.missing[bisect_left(self.missing, ordinal)]
+        self.count += 1
+
+    def passed(self, ordinal: int, *, ended: bool) -> None:
+        """The row behind the front is sent, or missing."""
+        self.front = ordinal
+        if ended:
+            self.count += 1
+        else:
+            self.missing.append(ordinal)
 
 
 @router.get("/batches/{name_or_id}/results", response_class=StreamingResponse, responses=_RESULTS)
@@ -66,7 +78,7 @@ async def batch_results(
     name_or_id: str,
     caller: Reads,
     parts: Opened,
-    cursor: Annotated[str, Query(pattern=_CURSOR, description="That of the last whole line that was read.")] = "0",
+    cursor: Annotated[str, _Cursor, Query(description="That of the last whole line that was read.")] = "0",
 ) -> StreamingResponse:
     """NDJSON, one line for each job of the batch as it ends; the response ends when all have.
 
@@ -87,7 +99,7 @@ async def batch_events(
     name_or_id: str,
     caller: Reads,
     parts: Opened,
-    last_event_id: Annotated[str | None, Header(pattern=follow.BATCH_EVENT_ID, description="What was seen last.")] = None,
+    last_event_id: Annotated[str, follow.BatchEventId, Header(description="What was seen last.")] = "",
 ) -> Response:
     """Server-sent events: `progress` when the counts have changed, looked at once a second, and `finished` at the end."""
     batch = await known_batch(parts.db, name_or_id, caller.tenant)
@@ -112,7 +124,7 @@ async def _lines(db: AsyncEngine, batch_id: UUID, sent: Sent) -> AsyncIterator[s
     async for row in _as_they_end(db, batch_id, sent):
         if row is not None:
             yield ResultLine.of(row, sent.cursor).model_dump_json() + "\n"
-        elif clock() - said_at < _BEAT_S:
+        elif clock() - said_at < follow.BEAT_S:
             continue
         else:
             yield " "
@@ -120,38 +132,59 @@ async def _lines(db: AsyncEngine, batch_id: UUID, sent: Sent) -> AsyncIterator[s
 
 
 async def _as_they_end(db: AsyncEngine, batch_id: UUID, sent: Sent) -> AsyncIterator[ExportRow | None]:
-    """Each job of the batch once, as soon as it has ended, until all have; None in each second that goes by.
+    """Each job of the batch once, as soon as it has ended, until all have; None in each pause.
 
-    Goes through the file page by page, as long as a page holds a job that has ended, and remembers the ordinals it
-    passed over. Dispatch goes by ordinal, so these are about the jobs in flight, however large the batch is; where
-    many are parked it goes no further than `_MOST_MISSING` of them, until some have ended.
+    Goes through the file to the last job that has ended, and remembers the ordinals it passed over: dispatch goes by ordinal, so
+    these are about the jobs in flight. Behind jobs that are parked it finds those that have ended by the batch's counters, which
+    say whether there are any. With `_MOST_MISSING` passed over it goes no further until some of those have ended.
     """
+    clock = asyncio.get_running_loop().time
+    sent.count = await reads.batch_rows(db, batch_id, sent.front) - len(sent.missing)
     while (batch := await reads.batch(db, batch_id)) is not None:
+        began_at = clock()
         async for row in _found(db, batch_id, sent):
             yield row
-        page: list[ExportRow] | None = None
+        marks: list[tuple[int, bool]] | None = None
         while len(sent.missing) < _MOST_MISSING:
-            page = await reads.batch_results(db, batch_id, sent.front, _PAGE)
-            if not any(row.state in TERMINAL for row in page):
+            marks = await reads.batch_marks(db, batch_id, sent.front, _MARKS)
+            behind = batch.state == "finished" or batch.total - batch.unfinished > sent.count
+            reached = _until_the_last_ended(marks) or (marks if behind else [])
+            if not reached:
                 break
-            for row in page:
-                sent.front = row.ordinal or 0
-                if row.state in TERMINAL:
-                    yield row
-                else:
-                    sent.missing.append(sent.front)
+            async for row in _passed(db, batch_id, sent, reached):
+                yield row
         # A batch that is finished has no job that could still end: what is missing then was never in it.
-        if page == [] and (batch.state == "finished" or (batch.state == "open" and not sent.missing)):
+        if marks == [] and (batch.state == "finished" or (batch.state == "open" and not sent.missing)):
             return
-        if page or sent.missing:  # else there may be no next line to put a space in front of
+        if marks or sent.missing:  # else there may be no next line to put a space in front of
             yield None
-        await asyncio.sleep(_FOLLOW_S)
+        await asyncio.sleep(min(max(_FOLLOW_S, _REST * (clock() - began_at)), _LONGEST_S))
+
+
+def _until_the_last_ended(marks: list[tuple[int, bool]]) -> list[tuple[int, bool]]:
+    last = next((position for position in reversed(range(len(marks))) if marks[position][1]), -1)
+    return marks[: last + 1]
 
 
 async def _found(db: AsyncEngine, batch_id: UUID, sent: Sent) -> AsyncIterator[ExportRow]:
     """Of the missing rows those that have ended."""
-    missing = list(sent.missing)
-    for start in range(0, len(missing), _PAGE):
-        for row in await reads.batch_endings(db, batch_id, missing[start : start + _PAGE]):
-            sent.found(row.ordinal or 0)
-            yield row
+    missing = sent.missing[:]
+    for start in range(0, len(missing), _MARKS):
+        ended = await reads.batch_ended(db, batch_id, missing[start : start + _MARKS])
+        for page in range(0, len(ended), _PAGE):
+            for row in await reads.batch_endings(db, batch_id, ended[page : page + _PAGE]):
+                sent.found(row.ordinal or 0)
+                yield row
+
+
+async def _passed(db: AsyncEngine, batch_id: UUID, sent: Sent, marks: list[tuple[int, bool]]) -> AsyncIterator[ExportRow]:
+    """Of the rows behind the front those that have ended."""
+    for start in range(0, len(marks), _PAGE):
+        page = marks[start : start + _PAGE]
+        ended = [ordinal for ordinal, has_ended in page if has_ended]
+        rows = {row.ordinal: row for row in (await reads.batch_endings(db, batch_id, ended) if ended else ())}
+        for ordinal, _ in page:
+            row = rows.get(ordinal)
+            sent.passed(ordinal, ended=row is not None)
+            if row is not None:
+                yield row

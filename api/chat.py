@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.datastructures import Headers
@@ -23,8 +23,10 @@ from starlette.datastructures import Headers
 from api.auth import Submits
 from api.chat_schema import described
 from api.chunks import COMMENT, EventStream, event, events
+from api.follow import BEAT_S
 from api.openai_errors import FINAL, OpenAIError, documented_openai
 from api.parts import Opened, Parts
+from api.spelling import IdempotencyKey, NoNul
 from worker import intervene, reads, waiting
 from worker.batchlines import LONGEST_MODEL, chat_request
 from worker.cost import Usage
@@ -32,13 +34,12 @@ from worker.errors import UsageError
 from worker.export import completion
 from worker.job import Answer, ChatRequest, JobState
 from worker.signals import Signal
-from worker.submit import KeyReused, NewJob, submit
+from worker.submit import KeyReused, NewJob
 from worker.views import JobView
 
 MAX_WAIT_S = 600.0  # how long the SDK waits unless it is told otherwise
-BEAT_S = 15.0  # proxies hang up after 60 s of silence, some after 30
 
-_Word = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+_Word = Annotated[str, NoNul, Field(max_length=512)]
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -50,15 +51,10 @@ class StreamOptions(BaseModel):
     include_obfuscation: StrictBool = Field(False, description="Taken and not needed: the answer comes in one piece.")
 
 
-def _described(schema: dict[str, Any]) -> None:
-    described(schema)
-    schema["example"] = {"model": "default", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100}
-
-
 class ChatIn(BaseModel):
     """A chat request in OpenAI's words. Fields not named here go to the provider: `temperature`, `max_tokens`, `tools`, ..."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_described)
+    model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: described(schema, {"model": "default"}))
 
     model: str = Field(min_length=1, max_length=LONGEST_MODEL, description="A chain, a provider, or a provider's model.")
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -119,7 +115,7 @@ async def create_chat_completion(
     request: Request,
     caller: Submits,
     parts: Opened,
-    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """The answer to a chat request, after as many providers as it takes. It is a job; `x-backstop-job-id` names it.
 
@@ -166,9 +162,8 @@ async def _asked(body: ChatIn, request: Request, tenant: str, parts: Parts, key:
         idempotency_key=key,
         metadata=body.metadata,
     )
-    await parts.admission.admit(tenant)
     try:
-        submitted = await submit(parts.db, parts.publish, new)
+        submitted = await parts.admission.submit(parts.publish, new)
     except KeyReused as error:
         raise OpenAIError(409, str(error), code="idempotency_key_reused", headers=FINAL) from None
     wait_s = patience_s - way_back_s / 2  # the job is given time to say why it expired
@@ -213,6 +208,7 @@ async def _beats(asked: _Asked) -> AsyncIterator[None]:
 
 async def _late_events(asked: _Asked, beats: AsyncIterator[None], usage: bool) -> AsyncIterator[str]:
     """The stream of an answer that is not there yet: the status is sent, so an error becomes its last event."""
+    yield COMMENT  # that it waits is why there is a stream already
     try:
         async for _ in beats:
             yield COMMENT

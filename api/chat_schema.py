@@ -59,7 +59,7 @@ PARAMETERS: Mapping[str, Any] = {
     "max_tokens": _integer(1, 10_000_000),
     "max_completion_tokens": _integer(1, 10_000_000),
     "stop": _a("string", "array", items={"type": "string"}),
-    "seed": _integer(-(2**63), 2**63 - 1),
+    "seed": _a("integer", format="int64"),
     "frequency_penalty": _number(-2, 2),
     "presence_penalty": _number(-2, 2),
     "logit_bias": _a("object"),
@@ -86,7 +86,8 @@ PARAMETERS: Mapping[str, Any] = {
 }
 
 
-def described(schema: dict[str, Any]) -> None:
+def described(schema: dict[str, Any], example: Mapping[str, Any]) -> None:
     """The schema of a model that takes these parameters beside its own fields says so, and takes no others."""
     schema["properties"] |= {"messages": MESSAGES, **PARAMETERS}
     schema["additionalProperties"] = False
+    schema["example"] = {**example, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100}

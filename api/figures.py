@@ -8,12 +8,13 @@ from fastapi import APIRouter, Query
 
 from api.auth import Reads
 from api.parts import Opened
-from api.problems import documented
+from api.problems import KnownParameters, documented
 from api.schemas import CallsToday, CostList, CostOut, ProviderList, ProviderOut
+from api.spelling import Span
 from worker import reads
 from worker.views import CostKey
 
-router = APIRouter(prefix="/v1", tags=["figures"], responses=documented(401, 503))
+router = APIRouter(prefix="/v1", tags=["figures"], responses=documented(401, 403, 503), dependencies=[KnownParameters])
 
 
 @router.get("/providers")
@@ -46,7 +47,7 @@ async def list_costs(
     caller: Reads,
     parts: Opened,
     by: CostKey = CostKey.PROVIDER,
-    since: Annotated[str, Query(description="How far back: a number and m, h, d or w.")] = "7d",
+    since: Annotated[Span, Query(description="How far back: a number and m, h, d or w.")] = "7d",
 ) -> CostList:
     """What this tenant's calls cost, by provider, model, batch or UTC day."""
     start = reads.ago(since)

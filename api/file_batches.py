@@ -15,16 +15,20 @@ from api.auth import Reads, Submits
 from api.files import ExpiresAfter, known_file
 from api.openai_errors import FINAL, OpenAIError, documented_openai
 from api.parts import Opened
-from worker import file_batches
+from api.spelling import IdempotencyKey, NoNul, Spelled
+from worker import file_batches, files
 from worker.batchlines import URL
-from worker.file_batches import FileBatch, KeyReused, NewFileBatch
+from worker.file_batches import FileBatch, KeyReused, NewFileBatch, TooMany
 
-LONGEST_WINDOW_S = 7 * 86_400
+AGAIN_S = "60"
 _UNITS_S = {"m": 60, "h": 3_600, "d": 86_400}
 BAD_LINES = "backstop-bad-lines"
 
-_Key = Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")]
-_Value = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+_Key = Annotated[str, NoNul, Field(max_length=64)]
+_Value = Annotated[str, NoNul, Field(max_length=512)]
+_SEVEN_DAYS = "^([1-7]d|([1-9][0-9]?|1[0-5][0-9]|16[0-8])h|([1-9][0-9]{0,3}|100[0-7][0-9]|10080)m)$"
+_Window = Spelled(_SEVEN_DAYS, "minutes, hours or days, 7 days at most: 30m, 24h, 7d")
+_After = Spelled("^(batch_[0-9a-f]{32})?$", "the id of a batch")
 
 router = APIRouter(prefix="/v1", tags=["openai"], responses=documented_openai(401, 403, 503))
 
@@ -41,18 +45,11 @@ class BatchIn(BaseModel):
 
     input_file_id: str = Field(max_length=200)
     endpoint: Literal["/v1/chat/completions"]
-    completion_window: str = Field(pattern=r"^[1-9][0-9]{0,4}[mhd]$", description="Minutes, hours or days: `30m`, `24h`, `7d`.")
+    completion_window: Annotated[str, _Window] = Field(description="Minutes, hours or days: `30m`, `24h`, `7d`.")
     metadata: dict[_Key, _Value] | None = Field(
         None, max_length=16, description=f"`{BAD_LINES}: skip` makes lines that cannot be used errors of their own."
     )
     output_expires_after: ExpiresAfter | None = None
-
-    @field_validator("completion_window")
-    @classmethod
-    def _not_too_long(cls, window: str) -> str:
-        if _seconds(window) > LONGEST_WINDOW_S:
-            raise ValueError("expected 7d at most")
-        return window
 
     @field_validator("metadata")
     @classmethod
@@ -114,13 +111,13 @@ class BatchOut(BaseModel):
     @classmethod
     def of(cls, batch: FileBatch) -> BatchOut:
         times = {name: _unix(getattr(batch, name)) for name in cls.model_fields if name.endswith("_at")}
-        file_ids = {name: f"file-{found.hex}" if (found := getattr(batch, name)) else None for name in ("output_file_id", "error_file_id")}
+        file_ids = {name: files.wire_id(found) if (found := getattr(batch, name)) else None for name in ("output_file_id", "error_file_id")}
         unanswered = batch.failed + batch.cancelled + batch.expired
         return cls.model_validate(
             {
                 "id": batch.wire_id,
                 "status": batch.state,
-                "input_file_id": f"file-{batch.input_file_id.hex}",
+                "input_file_id": files.wire_id(batch.input_file_id),
                 "completion_window": batch.completion_window,
                 "errors": {"data": batch.errors} if batch.errors else None,
                 "request_counts": {"total": batch.total, "completed": batch.succeeded, "failed": unanswered},
@@ -144,13 +141,13 @@ class BatchList(BaseModel):
     has_more: bool
 
 
-@router.post("/batches", responses=documented_openai(400, 404, 409))
+@router.post("/batches", responses=documented_openai(400, 404, 409, 429))
 async def create_batch(
     body: BatchIn,
     caller: Submits,
     parts: Opened,
-    bad_lines: Annotated[Literal["skip"] | None, Header(alias=BAD_LINES)] = None,
-    idempotency_key: Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")] = None,
+    bad_lines: Annotated[Literal["skip", ""], Header(alias=BAD_LINES)] = "",
+    idempotency_key: IdempotencyKey = None,
     retry_count: Annotated[str, Header(alias="x-stainless-retry-count", description="Set by OpenAI's SDKs.")] = "0",
 ) -> BatchOut:
     """Starts in `validating`; GET it to see how it goes on. Sent again by an SDK, or under its Idempotency-Key, it stays one."""
@@ -174,6 +171,8 @@ async def create_batch(
         return BatchOut.of(await file_batches.create(parts.db, new))
     except KeyReused as error:
         raise OpenAIError(409, str(error), code="idempotency_key_reused", headers=FINAL) from None
+    except TooMany as error:
+        raise OpenAIError(429, str(error), code="too_many_batches", headers={"Retry-After": AGAIN_S, **FINAL}) from None
 
 
 @router.get("/batches", responses=documented_openai(400))
@@ -181,13 +180,10 @@ async def list_batches(
     caller: Reads,
     parts: Opened,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="The id of the last batch of the page before.")] = None,
+    after: Annotated[str, _After, Query(description="The id of the last batch of the page before.")] = "",
 ) -> BatchList:
     """The batches made here, newest first."""
-    cursor = file_batches.from_wire(after) if after else None
-    if after and cursor is None:
-        raise OpenAIError(400, "after: expected the id of a batch", param="after")
-    page = await file_batches.listed(parts.db, caller.tenant, limit=limit + 1, after=cursor)
+    page = await file_batches.listed(parts.db, caller.tenant, limit=limit + 1, after=file_batches.from_wire(after))
     data = [BatchOut.of(batch) for batch in page[:limit]]
     return BatchList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None, has_more=len(page) > limit)
 
@@ -214,5 +210,6 @@ async def _known(parts: Opened, batch_id: str, tenant: str) -> FileBatch:
     found = file_batches.from_wire(batch_id)
     batch = await file_batches.one(parts.db, found, tenant) if found else None
     if batch is None:
-        raise OpenAIError(404, f"there is no batch {batch_id[:50]!r} made of a file", param="batch_id")
+        message = f"there is no batch {batch_id[:50]!r} made of a file; other batches have their results at /v1/batches/NAME/results"
+        raise OpenAIError(404, message, param="batch_id")
     return batch

@@ -15,10 +15,13 @@ from api.envelope import MAX_FILE_BYTES
 from api.form import FileForm
 from api.openai_errors import OpenAIError, documented_openai
 from api.parts import Opened
+from api.spelling import Spelled
 from worker import files
 from worker.files import FileView, Purpose
 
 EXPIRES_S = 30 * 86_400  # https://platform.openai.com/docs/api-reference/files/create: of a file for a batch, unless it says otherwise
+
+_After = Spelled("^(file-[0-9a-f]{32})?$", "the id of a file")
 
 router = APIRouter(prefix="/v1", tags=["openai"], responses=documented_openai(401, 403, 503))
 
@@ -77,6 +80,7 @@ class DeletedOut(BaseModel):
     deleted: Literal[True] = True
 
 
+_FORM_FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
 _FORM = {
     "required": True,
     "content": {
@@ -87,7 +91,7 @@ _FORM = {
                 "properties": {
                     "file": {"type": "string", "format": "binary", "description": "JSON Lines, one request a line."},
                     "purpose": {"type": "string", "enum": ["batch"]},
-                    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                    "expires_after[anchor]": {"type": "string", "enum": ["created_at"], "description": "With seconds, or neither."},
                     "expires_after[seconds]": {"type": "integer", "minimum": 3_600, "maximum": 2_592_000},
                 },
             }
@@ -98,7 +102,11 @@ _FORM = {
 
 @router.post("/files", responses=documented_openai(400, 413), openapi_extra={"requestBody": _FORM})
 async def upload_file(request: Request, caller: Submits, parts: Opened) -> FileOut:
-    """Keeps the file, of 200 MiB at most, for 30 days unless `expires_after` says otherwise. It is there once it is whole."""
+    """Keeps the file, of 200 MiB at most, for 30 days unless `expires_after` says otherwise. It is there once it is whole.
+
+    400 with code `storage_limit_exceeded`: the tenant's files have more than `BACKSTOP_MAX_FILES_GB`, or would have with this one.
+    """
+    await _check_room(parts, caller.tenant)
     form = FileForm(request.headers.get("content-type", ""))
     async with files.uploading(parts.db, caller.tenant) as upload:
         try:
@@ -109,11 +117,21 @@ async def upload_file(request: Request, caller: Submits, parts: Opened) -> FileO
         except ClientDisconnect:
             raise OpenAIError(400, "the upload broke off: send it again") from None
         filename, fields = form.end(), _fields(form.fields)
+        await upload.flush()
+        await _check_room(parts, caller.tenant)  # of those uploaded side by side, the last to look sees all
         expires_s = fields.expires_after.seconds if fields.expires_after else EXPIRES_S
         return FileOut.of(await upload.finish(purpose=fields.purpose, filename=filename, expires_s=expires_s))
 
 
+async def _check_room(parts: Opened, tenant: str) -> None:
+    if await files.stored(parts.db, tenant) > parts.max_files_bytes:
+        most = f"{parts.max_files_bytes / 1e9:g} GB"
+        raise OpenAIError(400, f"your files have more than {most} with this one: delete some first", code="storage_limit_exceeded")
+
+
 def _fields(given: dict[str, str]) -> _Fields:
+    if unknown := given.keys() - _FORM_FIELDS:
+        raise OpenAIError(400, f"{min(unknown)[:50]}: unknown field of the form", param=min(unknown)[:50])
     after = {name: given[f"expires_after[{name}]"] for name in ("anchor", "seconds") if f"expires_after[{name}]" in given}
     values: dict[str, Any] = {"purpose": given.get("purpose")} | ({"expires_after": after} if after else {})
     try:
@@ -133,12 +151,10 @@ async def list_files(
     purpose: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
-    after: Annotated[str | None, Query(description="The id of the last file of the page before.")] = None,
+    after: Annotated[str, _After, Query(description="The id of the last file of the page before.")] = "",
 ) -> FileList:
     """Uploaded files and those that batches have written, newest first unless `order` is `asc`."""
-    cursor = files.from_wire(after) if after else None
-    if after and cursor is None:
-        raise OpenAIError(400, "after: expected the id of a file", param="after")
+    cursor = files.from_wire(after)
     known = None if purpose is None else purpose.replace("\x00", "")
     page = await files.listed(parts.db, caller.tenant, limit=limit + 1, purpose=known, after=cursor, oldest_first=order == "asc")
     data = [FileOut.of(file) for file in page[:limit]]

@@ -16,6 +16,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from api.schemas import BatchOut, JobOut, JobProgress
+from api.spelling import Spelled
 from worker import reads
 from worker.grouping import Group
 from worker.job import TERMINAL
@@ -24,8 +25,8 @@ from worker.views import BatchView, Standing
 TICK_S = 1.0
 BEAT_S = 15.0  # proxies hang up after 60 s of silence, some after 30
 
-JOB_EVENT_ID = r"^([0-9]{1,18}\.(queued|running|succeeded|failed|cancelled|expired))?$"
-BATCH_EVENT_ID = r"^((loading|open|finished)(\.[0-9]{1,18}){5})?$"
+JobEventId = Spelled(r"^([0-9]{1,18}\.(queued|running|succeeded|failed|cancelled|expired))?$", "the id of an event of this job")
+BatchEventId = Spelled(r"^((loading|open|finished)(\.[0-9]{1,18}){5})?$", "the id of an event of this batch")
 
 _STREAM: dict[str, Any] = {"schema": {}}  # of events, and no JSON
 
@@ -98,7 +99,7 @@ def until_next_look_s() -> float:
     return TICK_S - asyncio.get_running_loop().time() % TICK_S
 
 
-async def followed(look: Look, pause: Callable[[], Awaitable[object]], seen: str | None) -> Response:
+async def followed(look: Look, pause: Callable[[], Awaitable[object]], seen: str) -> Response:
     """A stream of what differs from the event `seen`, up to the last; 204 when that was the last."""
     first = await look()
     if first is None or (first.last and first.id == seen):
@@ -107,7 +108,7 @@ async def followed(look: Look, pause: Callable[[], Awaitable[object]], seen: str
     return EventSourceResponse(events(first, look, pause, seen), headers=headers)
 
 
-async def events(first: Event, look: Look, pause: Callable[[], Awaitable[object]], seen: str | None) -> AsyncIterator[bytes]:
+async def events(first: Event, look: Look, pause: Callable[[], Awaitable[object]], seen: str) -> AsyncIterator[bytes]:
     """Each that differs from the one before, a comment after `BEAT_S` without any."""
     clock = asyncio.get_running_loop().time
     now: Event | None = first

@@ -15,24 +15,24 @@ from api.auth import Reads, Submits
 from api.batches import known_batch
 from api.examples import JOB_EVENTS
 from api.parts import Opened, Parts
-from api.problems import documented
+from api.problems import KnownParameters, documented
 from api.schemas import CallList, CallOut, JobIn, JobOut, JobPage
+from api.spelling import IdempotencyKey, NoNul, Span
 from worker import intervene, reads, waiting
 from worker.batchlines import chat_request
 from worker.errors import NotFound, UsageError
 from worker.job import ChatRequest, JobState, Lane
 from worker.selection import Selection
-from worker.submit import NewJob, submit
+from worker.submit import NewJob
 from worker.views import JobView
 
 MAX_WAIT_S = 60.0
 
-router = APIRouter(prefix="/v1", tags=["jobs"], responses=documented(401, 403, 422, 503))
+router = APIRouter(prefix="/v1", tags=["jobs"], responses=documented(401, 403, 422, 503), dependencies=[KnownParameters])
 
 Wait = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Seconds to wait for its end, 60 at most.")]
 Prefer = Annotated[str, Header(description="`wait=N` in seconds, or `respond-async`, as in RFC 7240.")]
-IdempotencyKey = Annotated[str | None, Header(pattern=r"^[\x21-\x7e]{1,255}$")]
-_Word = Annotated[str | None, Field(max_length=512, pattern=r"^[^\x00]*$")]
+_Word = Annotated[Annotated[str, NoNul, Field(max_length=512)] | None, Field()]
 
 _WAITED: dict[int | str, dict[str, Any]] = {200: {"model": JobOut, "description": "It was waited for, and has ended"}}
 _STOPPING: dict[int | str, dict[str, Any]] = {202: {"model": JobOut, "description": "It runs, and is stopped unless it succeeds first"}}
@@ -64,9 +64,7 @@ async def submit_job(
         idempotency_key=idempotency_key,
         metadata=body.metadata,
     )
-    if new.lane is Lane.INTERACTIVE:
-        await parts.admission.admit(caller.tenant)
-    submitted = await submit(parts.db, parts.publish, new)
+    submitted = await parts.admission.submit(parts.publish, new)
     wait_s = _wait_s(response, prefer, wait)
     job = await _awaited(parts, submitted.job_id, caller.tenant, wait_s)
     response.status_code = 200 if wait_s and job.ended else 202
@@ -96,7 +94,7 @@ class Wanted(BaseModel):
     chain: _Word = None
     code: _Word = Field(None, description="The code of its error.")
     custom_id: _Word = None
-    since: _Word = Field(None, description="Ended, or submitted if it has not ended, so long ago or less: a number and m, h, d or w.")
+    since: Span | None = Field(None, description="Ended, or submitted if it has not ended, so long ago or less: a number and m, h, d or w.")
 
     def selection(self) -> Selection:
         """Raises UsageError when `since` is no span of time."""
@@ -151,7 +149,7 @@ async def job_events(
     job_id: str,
     caller: Reads,
     parts: Opened,
-    last_event_id: Annotated[str | None, Header(pattern=follow.JOB_EVENT_ID, description="What was seen last.")] = None,
+    last_event_id: Annotated[str, follow.JobEventId, Header(description="What was seen last.")] = "",
 ) -> Response:
     """Server-sent events, named by the state the job is in, the last by how it ended, with the whole job.
 
@@ -181,10 +179,14 @@ async def cancel_job(job_id: str, response: Response, caller: Submits, parts: Op
 async def requeue_job(job_id: str, response: Response, caller: Submits, parts: Opened) -> JobOut:
     """A job that ended without an answer is queued once more, with its full time. What its calls have cost stays spent.
 
-    409: it has not ended, it was answered, or it never was a request that could be sent.
+    409: it has not ended, it was answered, it never was a request that could be sent, or the batch of a file it is in is over.
     """
     job = await _job(parts, job_id, caller.tenant)
-    if not await intervene.requeue(parts.db, job_ids=[job.id]):
+    try:
+        requeued = await intervene.requeue(parts.db, job_ids=[job.id])
+    except UsageError as error:
+        raise HTTPException(409, str(error)) from None
+    if not requeued:
         raise HTTPException(409, f"the job is {job.state}: only one that ended without an answer, and can be sent, is queued again")
     response.headers.update({"Location": f"/v1/jobs/{job.id}", "Retry-After": "1"})
     return JobOut.of(await _job(parts, job_id, caller.tenant))

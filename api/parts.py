@@ -33,6 +33,7 @@ class Parts:
     publish: Publish
     endings: Endings
     webhooks_private: bool
+    max_files_bytes: float
     looks: Looks
     admission: Admission
     callers: Group[str, Caller | None]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
@@ -20,6 +20,8 @@ from api import openai_errors
 from worker.errors import BackstopError, NotFound, Unreachable, Unreadable
 
 MEDIA_TYPE = "application/problem+json"
+
+_UNPARSED = "There was an error parsing the body"  # FastAPI's words for bytes that are no UTF-8
 
 _log = structlog.get_logger()
 
@@ -76,11 +78,11 @@ def problem(
 
 
 def _openai(status: int, detail: str, headers: Mapping[str, str] | None, errors: list[Fault] | None) -> Response:
-    """It names one field; of JSON that cannot be read, none."""
+    """It names one field; of a body that is no object, none."""
     param = None
     if errors:
         place, _, name = errors[0].field.partition(".")
-        param = name if name and not name.isdecimal() else None
+        param = name or None
         detail = f"{param or place}: {errors[0].message}"
     error = openai_errors.OpenAIError(400 if status == 422 else status, detail, param=param, headers=headers)
     return openai_errors.answer(error)
@@ -101,8 +103,12 @@ async def _http(request: Request, error: Exception) -> Response:
     detail = str(error.detail)
     if detail == HTTPStatus.NOT_FOUND.phrase:  # Starlette's own, of a path without a route
         detail = f"there is no {request.method} {request.url.path[:200]} here"
-    headers = {"Allow": ", ".join(_methods(request))} if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else error.headers
-    return problem(request, error.status_code, detail, headers=headers)
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(_methods(request))
+        return problem(request, 405, f"{request.method[:20]} is not for this path; use {allowed}", headers={"Allow": allowed})
+    if detail == _UNPARSED:
+        detail = "body: expected JSON in UTF-8"
+    return problem(request, error.status_code, detail, headers=error.headers)
 
 
 def _methods(request: Request) -> list[str]:
@@ -115,12 +121,39 @@ def _methods(request: Request) -> list[str]:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Only where and why: pydantic's `input` would send the prompt back, and into logs.
-    faults = [
-        Fault(field=".".join(str(part) for part in fault["loc"])[:200], message=fault["msg"].removeprefix("Value error, "))
-        for fault in error.errors()[:20]
-    ]
+    found = error.errors()[:20]
+    if found[0]["type"] == "json_invalid":
+        return problem(request, 400, f"body: expected JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][1] + 1}")
+    faults = [Fault(field=_place(fault["loc"]), message=_said(request, fault)) for fault in found]
     detail = "; ".join(f"{fault.field}: {fault.message}" for fault in faults[:3])
     return problem(request, 422, detail, errors=faults)
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """As `messages[0].content`, behind where it stands: body, query, path or header."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:200]
+
+
+def _said(request: Request, fault: Mapping[str, Any]) -> str:
+    if tuple(fault["loc"]) != ("body",):
+        return str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] != "missing" and "json" not in request.headers.get("content-type", ""):
+        return "send it with Content-Type: application/json"
+    return "expected a JSON object"
+
+
+async def _known_parameters(request: Request) -> None:
+    """A misspelled filter would be no filter. Raises RequestValidationError."""
+    if not request.query_params:
+        return
+    route = request.app.openapi()["paths"][request.scope["route"].path][request.method.lower()]
+    known = [parameter["name"] for parameter in route.get("parameters", ()) if parameter["in"] == "query"]
+    said = f"unknown parameter; known are {', '.join(known)}" if known else "unknown parameter; none is known here"
+    if faults := [{"type": "extra_forbidden", "loc": ("query", name), "msg": said} for name in request.query_params if name not in known]:
+        raise RequestValidationError(faults)
+
+
+KnownParameters = Depends(_known_parameters)
 
 
 async def _mistake(request: Request, error: Exception) -> Response:

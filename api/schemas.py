@@ -11,11 +11,11 @@ from uuid import UUID
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
 
 from api import examples
+from api.chat_schema import described
 from worker.export import ExportRow
-from worker.job import Answer, JobState, Lane
+from worker.job import MAX_DEADLINE_S, Answer, JobState, Lane
 from worker.views import BatchView, CallView, JobView
 
-MAX_DEADLINE_S = 7 * 24 * 3600
 _MAX_DEPTH = 32
 
 Usd = Annotated[Decimal, PlainSerializer(lambda value: format(value.normalize(), "f"), return_type=str)]
@@ -25,10 +25,7 @@ Moment = Annotated[datetime, AfterValidator(lambda value: value.astimezone(UTC))
 class JobIn(BaseModel):
     """One chat request. Fields not named here go to the provider: `temperature`, `max_tokens`, `tools`, ..."""
 
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra={"example": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 100}},
-    )
+    model_config = ConfigDict(extra="allow", json_schema_extra=lambda schema: described(schema, {}))
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     chain: str = Field("default", max_length=200, description="A chain, a provider, or a provider's model.")
@@ -92,7 +89,7 @@ class JobOut(BaseModel):
     error: dict[str, Any] | None
     calls: int
     unknown_calls: int
-    attempts: int
+    attempts: int = Field(description="Those that ended with nobody's answer and were not only waits: 0 where the first was answered.")
     chain: str
     lane: Lane
     deadline_at: Moment

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.auth import Operates
 from api.parts import Opened
-from api.problems import documented
+from api.problems import KnownParameters, documented
 from api.schemas import Moment
 from worker import reads, webhooks
 from worker.errors import NotFound
 from worker.webhooks import EVENTS, LONGEST_URL, Event, Webhook
 
-router = APIRouter(prefix="/v1", tags=["webhooks"], responses=documented(401, 403, 422, 503))
+router = APIRouter(prefix="/v1", tags=["webhooks"], responses=documented(401, 403, 422, 503), dependencies=[KnownParameters])
 
 
 class WebhookIn(BaseModel):
@@ -24,12 +24,12 @@ class WebhookIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"url": "https://example.com/backstop"}})
 
-    url: str = Field(max_length=LONGEST_URL)
+    url: str = Field(max_length=LONGEST_URL, json_schema_extra={"pattern": r"^https://([a-z0-9-]+\.)+[a-z]{2,}(/[!$-;=A-Z_a-z~-]*)?$"})
     events: list[Event] = Field(list(EVENTS), min_length=1, max_length=len(EVENTS))
 
 
 class WebhookOut(BaseModel):
-    """`failing_since`: nothing has arrived there since then. `disabled_at`: it failed for five days or said 410, nothing is sent."""
+    """`failing_since`: nothing has arrived there since then. `disabled_at`: nothing is sent, it said 410 or failed for five days."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -74,10 +74,13 @@ class DeliveryPage(BaseModel):
     next_cursor: str | None
 
 
-@router.post("/webhooks", status_code=201, responses=documented(400, 413))
+@router.post("/webhooks", status_code=201, responses=documented(400, 409, 413))
 async def create_webhook(body: WebhookIn, response: Response, caller: Operates, parts: Opened) -> NewWebhookOut:
     """Ends of jobs are told from now on, signed, until the endpoint says 2xx. Jobs of a batch are told as one, at its end."""
-    new = await webhooks.create(parts.db, tenant=caller.tenant, url=body.url, events=body.events, private=parts.webhooks_private)
+    try:
+        new = await webhooks.create(parts.db, tenant=caller.tenant, url=body.url, events=body.events, private=parts.webhooks_private)
+    except webhooks.TooMany as error:
+        raise HTTPException(409, str(error)) from None
     response.headers["Location"] = f"/v1/webhooks/{new.webhook.id}"
     return NewWebhookOut(secret=new.secret, **WebhookOut.model_validate(new.webhook).model_dump())
 

@@ -1,6 +1,7 @@
 """Receives Backstop's webhooks and believes none that is not signed: `python webhook_receiver.py PORT`, secret in WEBHOOK_SECRET.
 
 The signature is that of https://www.standardwebhooks.com. A message may come twice: its `webhook-id` tells.
+`data` says what has ended. Of a batch made of a file its `id` is `batch_...`, its `status` completed, failed, expired or cancelled.
 """
 
 import os

@@ -4,11 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import text
 from stage import batch as ledger_batch
 from stage import play, rows
 
 from worker import file_batches, intervene
-from worker.file_batches import KeyReused, NewFileBatch, create, from_wire, listed, one, wire_id
+from worker.file_batches import KeyReused, NewFileBatch, TooMany, create, from_wire, listed, one, wire_id
 from worker.job import new_id
 
 NEW = NewFileBatch(tenant="default", input_file_id=new_id(), completion_window="24h", window_s=86_400, fingerprint="f")
@@ -80,6 +81,29 @@ def test_a_key_is_one_batch_for_good_and_belongs_to_its_request_and_tenant(datab
     play(database_url, story)
 
 
+def test_so_many_of_a_tenant_are_unfinished_at_most_also_when_asked_for_at_once(database_url, monkeypatch):
+    sql = str(file_batches._CREATE.text)
+    assert f"< {file_batches.MOST_UNFINISHED}" in sql
+    monkeypatch.setattr(file_batches, "_CREATE", text(sql.replace(f"< {file_batches.MOST_UNFINISHED}", "< 3")))
+
+    async def story(db):
+        made = await asyncio.gather(*(create(db, replace(NEW, fingerprint=str(n))) for n in range(6)), return_exceptions=True)
+        assert [type(one) for one in made if isinstance(one, Exception)] == [TooMany] * 3
+        first, *_ = [one for one in made if not isinstance(one, Exception)]
+        assert (await create(db, replace(AGAIN, fingerprint=await fingerprint(db, first)))).batch_id == first.batch_id
+        await create(db, replace(NEW, tenant="b"))
+        await file_batches.failed(db, first.batch_id, [{"code": "x", "line": 1, "message": "x", "param": None}])
+        await create(db, NEW)
+        with pytest.raises(TooMany, match="have not ended"):
+            await create(db, NEW)
+
+    async def fingerprint(db, batch):
+        (row,) = await rows(db, "SELECT fingerprint FROM file_batches WHERE batch_id = :id", id=batch.batch_id)
+        return row.fingerprint
+
+    play(database_url, story)
+
+
 def test_batches_are_listed_newest_first_and_are_their_tenants_alone(database_url):
     async def story(db):
         made = [(await create(db, NEW)).batch_id for _ in range(3)]
@@ -102,6 +126,7 @@ def test_each_step_is_taken_from_the_state_before_it_only(database_url):
         await file_batches.failed(db, made.batch_id, [{"code": "x", "line": 1, "message": "x", "param": None}])
         for step in (file_batches.validated, file_batches.finalizing, file_batches.cancel):
             assert not await step(db, made.batch_id)
+        await file_batches.ended(db, made, None, None, {})
         over = await one(db, made.batch_id)
         assert (over.state, over.loaded, over.in_progress_at, over.cancelling_at) == ("failed", "finished", None, None)
         assert await file_batches.unfinished(db) == []
@@ -130,6 +155,9 @@ def test_a_batch_ends_only_with_all_of_its_files(database_url):
         assert (await one(db, made.batch_id)).state == "cancelling"
         await file_batches.ended(db, cancelling, None, None, {})
         assert (await one(db, made.batch_id)).state == "cancelled"
+        await file_batches.failed(db, made.batch_id, [{"code": "x", "line": 1, "message": "x", "param": None}])
+        over = await one(db, made.batch_id)
+        assert (over.state, over.errors, over.failed_at) == ("cancelled", None, None)
 
     play(database_url, story)
 

@@ -81,6 +81,18 @@ def test_an_abandoned_upload_is_purged_and_cannot_go_on(database_url):
     play(database_url, story)
 
 
+@pytest.mark.parametrize("size", [0, PIECE_BYTES])
+def test_an_abandoned_upload_of_which_nothing_is_left_to_store_cannot_be_finished(database_url, size):
+    async def story(db):
+        async with uploading(db, "default") as upload:
+            await upload.write(bytes(size))
+            await rows(db, "DELETE FROM files")
+            with pytest.raises(UsageError, match="6 hours"):
+                await upload.finish(purpose="batch", filename="a", expires_s=None)
+
+    play(database_url, story)
+
+
 def test_files_past_their_time_are_purged_and_others_kept(database_url):
     async def story(db):
         kept = [await a_file(db), await a_file(db, expires_s=3600)]

@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event
 from stage import answered, counters_are_exact, ending, play, rows, take
+from structlog.testing import capture_logs
 from test_files import a_file, content
 
 from worker import file_batches, files, intake, intervene, webhooks
 from worker.config import parse
+from worker.errors import UsageError
 from worker.file_batches import NewFileBatch
 from worker.intake import LONGEST_LINE, Lines, tend
 from worker.job import JobState
 from worker.ledger import settle
 from worker.rescue import expire
+from worker.selection import Selection
 
 CONFIG = parse(
     {
@@ -196,6 +199,23 @@ def test_told_to_skip_a_bad_line_ends_in_the_error_file_and_the_others_are_run(d
         said, errors = await outcome(db, batch_id)
         assert said == {"T-1": "to T-1", "T-2": "to T-2", "last": "to last"}
         assert list(errors.values()) == ["unusable_row"]
+        (error,) = await lines_of(db, batch.error_file_id)
+        assert (error["custom_id"], error["error"]["line"]) == ("x" if b'"x"' in written(bad) else None, 3)
+
+    play(database_url, story)
+
+
+def test_a_bad_line_never_bears_the_custom_id_of_one_that_is_answered(database_url):
+    async def story(db):
+        text = written(line("2"), {"body": {"messages": HELLO}}, line("2"), b"{", line("4"))
+        batch_id = await a_file_batch(db, text, skips_bad_lines=True)
+        await tend(db, CONFIG)
+        await answer(db, batch_id)
+        await tend(db, CONFIG)
+        batch = await now(db, batch_id)
+        assert [one["custom_id"] for one in await lines_of(db, batch.output_file_id)] == ["2", "4"]
+        errors = await lines_of(db, batch.error_file_id)
+        assert [(one["custom_id"], one["error"]["line"]) for one in errors] == [(None, 2), (None, 3), (None, 4)]
 
     play(database_url, story)
 
@@ -328,7 +348,7 @@ def test_a_file_deleted_while_it_is_submitted_cancels_the_batch_and_says_why(dat
         assert (batch.state, [error["code"] for error in batch.errors]) == ("cancelled", ["file_deleted"])
         assert 0 < batch.total < 10
         said, errors = await outcome(db, batch_id)
-        assert (said, set(errors.values()), len(errors)) == ({}, {"cancelled"}, batch.total)
+        assert (said, set(errors.values()), len(errors)) == ({}, {"batch_cancelled"}, batch.total)
         await counters_are_exact(db)
 
     play(database_url, story)
@@ -361,7 +381,7 @@ def test_cancelled_it_waits_for_what_runs_and_keeps_what_was_answered(database_u
         await tend(db, CONFIG)
         batch = await now(db, batch_id)
         assert (batch.state, batch.cancelled_at is not None, batch.errors) == ("cancelled", True, None)
-        assert await outcome(db, batch_id) == ({"T-1": "early", "T-2": "late"}, {"T-3": "cancelled"})
+        assert await outcome(db, batch_id) == ({"T-1": "early", "T-2": "late"}, {"T-3": "batch_cancelled"})
 
     play(database_url, story)
 
@@ -405,7 +425,7 @@ def test_a_batch_whose_window_closed_is_expired_and_keeps_what_was_answered(data
         await tend(db, CONFIG)
         batch = await now(db, batch_id)
         assert (batch.state, batch.expired_at is not None, batch.completed_at) == ("expired", True, None)
-        assert await outcome(db, batch_id) == ({"T-1": "hi"}, {"T-2": "deadline"})
+        assert await outcome(db, batch_id) == ({"T-1": "hi"}, {"T-2": "batch_expired"})
 
     play(database_url, story)
 
@@ -452,6 +472,86 @@ def test_the_trouble_of_one_batch_is_not_that_of_the_others(database_url, monkey
         assert [(await now(db, one)).state for one in (first, second)] == ["validating", "in_progress"]
         await tend(db, CONFIG)
         assert (await now(db, first)).state == "in_progress"
+
+    play(database_url, story)
+
+
+def test_the_same_trouble_is_logged_ever_more_seldom_and_another_at_once(database_url, monkeypatch):
+    async def story(db):
+        await a_file_batch(db, good(1))
+        original, raised = intake._validate, KeyError
+
+        async def validate(*_):
+            raise raised
+
+        monkeypatch.setattr(intake, "_validate", validate)
+        with capture_logs() as logged:
+            for _ in range(9):
+                await tend(db, CONFIG)
+            raised = IndexError
+            await tend(db, CONFIG)
+            monkeypatch.setattr(intake, "_validate", original)
+            await tend(db, CONFIG)
+        assert [(entry["error"], entry["times"]) for entry in logged] == [*(("KeyError", n) for n in (1, 2, 4, 8)), ("IndexError", 1)]
+        assert intake._troubles == {}
+
+    play(database_url, story)
+
+
+async def over(db):
+    """A batch of a file that is completed: of two jobs one has failed."""
+    batch_id = await a_file_batch(db, good(2))
+    await tend(db, CONFIG)
+    await answer(db, batch_id, "T-2")
+    await tend(db, CONFIG)
+    return batch_id, (await jobs(db, batch_id))[1].id
+
+
+def test_what_ended_in_a_batch_whose_files_are_written_is_not_queued_again(database_url):
+    async def story(db):
+        batch_id, failed = await over(db)
+        for wanted in ({"batch_id": batch_id}, {"job_ids": [failed]}):
+            with pytest.raises(UsageError, match=f"{file_batches.wire_id(batch_id)} is completed"):
+                await intervene.requeue(db, **wanted)
+            with pytest.raises(UsageError, match="send those lines as another batch"):
+                await intervene.requeueable(db, **wanted)
+        assert await intervene.requeueable(db, which=Selection(state=JobState.FAILED)) == {}
+        assert await intervene.requeue(db, which=Selection(state=JobState.FAILED)) == 0
+        assert (await now(db, batch_id)).loaded == "finished"
+
+    play(database_url, story)
+
+
+def test_what_ended_in_a_batch_that_goes_on_is_queued_again(database_url):
+    async def story(db):
+        batch_id = await a_file_batch(db, good(2))
+        await tend(db, CONFIG)
+        first, _ = await jobs(db, batch_id)
+        error = {"code": "exhausted", "message": "nobody answered", "providers": []}
+        await settle(db, [ending(claimed, JobState.FAILED, error=error) for claimed in await take(db, [first.id])])
+        assert await intervene.requeue(db, batch_id=batch_id) == 1
+        await answer(db, batch_id)
+        await tend(db, CONFIG)
+        assert await outcome(db, batch_id) == ({"T-1": "to T-1", "T-2": "to T-2"}, {})
+
+    play(database_url, story)
+
+
+@pytest.mark.parametrize("state", ["in_progress", "finalizing", "cancelling"])
+def test_a_job_that_is_queued_again_at_the_last_moment_is_waited_for(database_url, state):
+    async def story(db):
+        batch_id, failed = await over(db)
+        await rows(db, "UPDATE file_batches SET state = 'in_progress', output_file_id = NULL, error_file_id = NULL")
+        await intervene.requeue(db, job_ids=[failed])
+        await rows(db, "UPDATE file_batches SET state = :state, cancelling_at = now()", state=state)
+        batch = await now(db, batch_id)
+        await file_batches.finalizing(db, batch_id)
+        await file_batches.ended(db, batch, None, None, {})
+        assert (await now(db, batch_id)).state == state
+        await answer(db, batch_id)
+        await tend(db, CONFIG)
+        await tend(db, CONFIG)
+        assert await outcome(db, batch_id) == ({"T-1": "to T-1", "T-2": "to T-2"}, {})
 
     play(database_url, story)
 

@@ -148,3 +148,23 @@ def test_noting_the_use_of_a_key_waits_for_nobody(database_url):
         assert [key.last_used_at for key in await keys.list(db)] == [None]
 
     run(database_url, story)
+
+
+def test_keys_that_are_asked_for_together_are_each_answered_as_themselves(database_url):
+    async def story(db: AsyncEngine) -> None:
+        made = {tenant: (await keys.create(db, name=tenant, tenant=tenant)).secret for tenant in ("a", "b", "c", "lost")}
+        await keys.revoke(db, "lost")
+        asked = [made["b"], keys.MARK + "x", made["a"], made["lost"], "nonsense", made["b"], made["c"]]
+        callers = await keys.verify_all(db, asked)
+        assert [caller and caller.tenant for caller in callers] == ["b", None, "a", None, None, "b", "c"]
+
+    run(database_url, story)
+
+
+def test_a_tenant_that_cannot_be_shown_is_refused(database_url):
+    async def story(db: AsyncEngine) -> None:
+        for tenant in ("", " ", "a\nb", "x" * 101):
+            with pytest.raises(UsageError, match="tenant of a key"):
+                await keys.create(db, name="ci", tenant=tenant)
+
+    run(database_url, story)

@@ -5,21 +5,29 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from inspect import signature
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
+from celery import Celery
 from redis import Redis
-from stage import answered, play, rows, take
+from sqlalchemy import event
+from stage import HELLO, Mailbox, answered, play, rows, take
 
+from worker.batchlines import _PARAMETERS
 from worker.dispatch import queue_name
 from worker.errors import NotFound, Unreachable, UsageError, WaitTimedOut
+from worker.following import Chatting, Enqueuing, EnqueuingMany
 from worker.job import JobState, Lane, new_id
 from worker.ledger import settle
 from worker.loop import LoopThread
 from worker.producer import AsyncBackstop, Backstop
 from worker.simulator import script
 from worker.simulator.server import Simulator
-from worker.submit import KeyReused
+from worker.submit import _EARLIER, KeyReused, NewJob, Parameters, submit
 from worker.transport import screened
 
 SCRIPT = {"providers": {"good": {}, "bad": {"faults": [{"kind": "status", "status": 500, "rate": 1}]}}}
@@ -89,6 +97,29 @@ def test_an_idempotency_key_gives_the_job_of_then_or_refuses(client):
         client.enqueue("good bye", idempotency_key="k")
 
 
+def test_a_key_whose_job_is_deleted_at_that_moment_gives_a_new_job(database_url):
+    async def story(db):
+        new = NewJob(request=HELLO, idempotency_key="k")
+        first = await submit(db, Mailbox().publish, new)
+        looked = []
+
+        def deleted(_connection, statement, *_):
+            if statement is _EARLIER:
+                looked.append(statement)
+                with psycopg.connect(database_url) as other:
+                    other.execute("DELETE FROM job_requests")
+                    other.execute("DELETE FROM jobs")
+
+        event.listen(db.sync_engine, "before_execute", deleted)
+        second = await submit(db, Mailbox().publish, new)
+        assert len(looked) == 1
+        assert second.job_id != first.job_id
+        assert not second.replayed
+        assert [row.id for row in await rows(db, "SELECT id FROM jobs")] == [second.job_id]
+
+    play(database_url, story)
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -112,6 +143,32 @@ def test_bad_input_is_told_at_the_call_and_names_the_field(given, named):
         pytest.raises(UsageError, match=named),
     ):
         client.enqueue(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda client: client.chat("x", timeout_s=0), "^timeout_s: expected seconds"),
+        (lambda client: client.enqueue_many(["x"], deadline_s=-1), "^deadline_s: expected seconds"),
+        (lambda client: client.cancel("monday"), "^job: expected .*not a name"),
+        (lambda client: client.wait(7), "^job: expected"),
+        (lambda client: Backstop(tennant="a"), "^tennant: no such setting, there are database_url, "),
+        (lambda client: AsyncBackstop(queue="a"), "^queue: no such setting"),
+        (lambda client: Backstop(redis_url="nothing", database_url=NOWHERE, config=NO_FILE).enqueue("x"), "^redis_url "),
+    ],
+)
+def test_a_mistake_is_told_in_the_words_of_the_call(client, call, words):
+    with pytest.raises(UsageError, match=words):
+        call(client)
+
+
+def test_every_parameter_that_is_taken_is_known_to_a_type_checker():
+    assert set(Parameters.__annotations__) == set(_PARAMETERS) - {"n", "stream"}
+    for method, keywords in (("enqueue", Enqueuing), ("enqueue_many", EnqueuingMany), ("chat", Chatting)):
+        named = signature(getattr(AsyncBackstop, method)).parameters.values()
+        assert {one.name for one in named if one.kind is one.KEYWORD_ONLY} == set(keywords.__annotations__) - set(
+            Parameters.__annotations__
+        )
 
 
 def test_an_unknown_chain_is_told_where_the_configuration_is_there(tmp_path):
@@ -155,6 +212,17 @@ def test_jobs_come_as_they_are_completed(client, database_url):
     assert [view.id for view in arriving] == [jobs[1].job_id]
 
 
+def test_any_number_of_jobs_is_read_a_page_at_a_time(client, database_url, monkeypatch):
+    monkeypatch.setattr("worker.following.PAGE", 2)
+    ids = ids_of(database_url, client.enqueue_many(f"ticket {n}" for n in range(8)))
+    answer(database_url, *ids[:3])
+    arriving = client.as_completed(ids, LONG_S)
+    seen = {next(arriving).id for _ in range(3)}
+    assert seen == set(ids[:3])
+    answer(database_url, *ids[3:])
+    assert {view.id for view in arriving} == set(ids[3:])
+
+
 def test_a_batch_comes_back_in_the_order_it_was_given(client, database_url):
     batch = client.enqueue_many(
         ["a", [{"role": "user", "content": "b"}], {"messages": "c", "custom_id": "third", "seed": 1}], batch="monday"
@@ -168,12 +236,21 @@ def test_a_batch_comes_back_in_the_order_it_was_given(client, database_url):
     assert list(client.results("monday", 0)) == found
 
 
-def test_results_wait_for_the_row_whose_turn_it_is(client, database_url):
-    batch = client.enqueue_many(["a", "b"])
-    first, second = ids_of(database_url, batch)
-    answer(database_url, second)
-    threading.Timer(0, answer, (database_url, first)).start()
-    assert [(row.job_id, row.state) for row in client.results(batch, LONG_S)] == [(first, "succeeded"), (second, "succeeded")]
+def test_results_wait_for_the_row_whose_turn_it_is(database_url, redis_url):
+    async def story():
+        async with AsyncBackstop(database_url=database_url, redis_url=redis_url, config=NO_FILE) as client:
+            batch = await client.enqueue_many(["a", "b"])
+            first, second = await asyncio.to_thread(ids_of, database_url, batch)
+            await asyncio.to_thread(answer, database_url, second)
+            results = client.results(batch, LONG_S)
+            next_one = asyncio.create_task(anext(results))
+            await (await client._opened()).endings._waited_for.wait()
+            assert not next_one.done()
+            await asyncio.to_thread(answer, database_url, first)
+            return [(row.job_id, row.state) for row in [await next_one, *[row async for row in results]]], [first, second]
+
+    found, ids = asyncio.run(story())
+    assert found == [(job_id, "succeeded") for job_id in ids]
 
 
 def test_a_bad_row_is_named_and_the_mended_batch_is_resumed(client, database_url, monkeypatch):
@@ -195,12 +272,12 @@ def test_rows_are_never_held_at_once(client, monkeypatch):
     def source():
         for n in range(35):
             if n and n % 10 == 0:
-                with Redis.from_url(client._settings["redis_url"]):
+                with Redis.from_url(client._where["redis_url"]):
                     seen.append(client_total())
             yield f"ticket {n}"
 
     def client_total():
-        with Backstop(**client._settings) as other:
+        with Backstop(**client._where) as other:
             return sum(1 for _ in other._run(lambda producer: _batch_total(producer)))
 
     client.enqueue_many(source(), batch="stream")
@@ -303,6 +380,100 @@ def test_a_child_after_a_fork_and_its_parent_both_go_on(database_url, redis_url)
     assert len(set(python(source, database_url, redis_url))) == 3
 
 
+def test_one_that_a_child_used_first_is_used_by_its_parent_and_its_own_child(database_url, redis_url):
+    source = """if True:
+    import os, warnings
+    from worker.producer import Backstop
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Python's own, of forking where threads run
+    client = Backstop()
+    def forked(work):
+        child = os.fork()
+        if child == 0:
+            work()
+            client.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    def hand_in():
+        print(client.enqueue("x").job_id, flush=True)
+    def hand_in_twice():
+        hand_in()
+        forked(hand_in)
+        hand_in()
+    forked(hand_in_twice)
+    hand_in()
+    """
+    assert len(set(python(source, database_url, redis_url))) == 4
+
+
+def test_an_asynchronous_one_goes_on_in_a_child_after_a_fork_and_in_its_parent(database_url, redis_url):
+    source = """if True:
+    import asyncio, os
+    from worker.producer import AsyncBackstop
+    client = AsyncBackstop()
+    async def hand_in():
+        print((await client.enqueue("x")).job_id, flush=True)
+    async def in_child():
+        async with client:
+            await hand_in()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(hand_in())
+    child = os.fork()
+    if child == 0:
+        asyncio.run(in_child())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    loop.run_until_complete(hand_in())
+    loop.run_until_complete(client.aclose())
+    loop.close()
+    """
+    assert len(set(python(source, database_url, redis_url))) == 3
+
+
+HOST = """
+import os
+from celery import Celery
+from worker.producer import Backstop
+
+app = Celery("host", broker=os.environ["HOST_BROKER"], backend=os.environ["HOST_BROKER"], broker_connection_retry_on_startup=True)
+backstop = Backstop(database_url=os.environ["HOST_LEDGER"], redis_url=os.environ["HOST_QUEUES"], config="/nowhere/backstop.toml")
+backstop.enqueue("before the fork")
+
+
+@app.task(name="host.hand_in")
+def hand_in(words):
+    job = backstop.enqueue(words)
+    return str(job.job_id), backstop.result(job).state
+"""
+
+
+@contextmanager
+def host_worker(place, environ):
+    """A prefork worker of an application that is not ours."""
+    (place / "host.py").write_text(HOST)
+    command = [sys.executable, "-m", "celery", "-A", "host", "worker", "-P", "prefork", "-c", "2", "--without-gossip", "--without-mingle"]
+    with (place / "log").open("wb") as log, subprocess.Popen(command, cwd=place, env=environ, stdout=log, stderr=log) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+            assert process.wait(LONG_S) == 0
+
+
+def test_it_works_in_a_prefork_worker_of_another_celery_application(database_url, redis_url, tmp_path):
+    broker = urlsplit(redis_url)._replace(path="/1").geturl()
+    root = str(Path(__file__).parents[1])
+    theirs = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "REDIS_URL")}
+    environ = theirs | {"HOST_BROKER": broker, "HOST_LEDGER": database_url, "HOST_QUEUES": redis_url, "PYTHONPATH": root}
+    with Celery("caller", broker=broker, backend=broker, set_as_current=False) as caller, host_worker(tmp_path, environ):
+        sent = [caller.send_task("host.hand_in", [f"ticket {n}"]) for n in range(10)]
+        found = [one.get(timeout=LONG_S) for one in sent]
+    assert {state for _, state in found} == {"queued"}
+    with Redis.from_url(redis_url) as redis:
+        messages = b"".join(redis.lrange(queue_name(Lane.INTERACTIVE), 0, -1))
+    assert len({job_id for job_id, _ in found}) == 10
+    assert all(job_id.encode() in messages for job_id, _ in found)
+
+
 def test_an_interpreter_that_ends_with_a_client_open_neither_hangs_nor_warns(database_url, redis_url):
     assert len(python("from worker.producer import Backstop; c = Backstop(); print(c.enqueue('x').job_id)", database_url, redis_url)) == 1
 
@@ -358,6 +529,21 @@ def test_a_chat_is_answered_in_this_process_and_is_on_the_books(database_url, re
             assert [row.outcome for row in await rows(db, "SELECT outcome FROM provider_calls ORDER BY id")] == ["server_error", "answered"]
 
         play(database_url, story)
+
+    async def gone(db):
+        assert [row.state for row in await rows(db, "SELECT state FROM workers")] == ["gone"]
+
+    play(database_url, gone)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_an_interpreter_that_ends_after_a_chat_is_no_worker_any_more(database_url, redis_url, vendors, tmp_path, host):
+    source = f"""if True:
+    from worker.producer import Backstop
+    print(Backstop(config={str(configured(vendors, tmp_path))!r}, data={str(tmp_path)!r}).chat("hello").state)
+    """
+    named = database_url.replace("127.0.0.1", host)
+    assert python(source, named, redis_url)[-1] == "succeeded"
 
     async def gone(db):
         assert [row.state for row in await rows(db, "SELECT state FROM workers")] == ["gone"]

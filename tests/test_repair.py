@@ -25,7 +25,7 @@ from stage import (
     take,
 )
 
-from worker import database
+from worker import database, webhooks
 from worker.intervene import cancel, requeue
 from worker.job import Answer, JobState, Lane, new_id
 from worker.keeper import LEADER_LOCK
@@ -273,6 +273,22 @@ def test_a_batch_that_does_not_fit_its_jobs_is_counted_again(hand, database_url)
                    other=(await rows(db, "SELECT id FROM batches WHERE name = 'tuesday'"))[0].id)  # fmt: skip
         assert await look(db) == {"batch counters": (1, 0, 1)}
         assert await mended(db) == {"batch counters": (1, 1, 0)}
+
+    play(database_url, story)
+
+
+def test_a_batch_that_turns_out_to_be_finished_is_told_once(database_url):
+    async def story(db):
+        await webhooks.create(db, tenant="default", url="https://example.com/told")
+        opened, ids = await a_batch(db, 2)
+        await settle(db, [answered(one) for one in await take(db, ids, await served(db))])
+        await rows(db, "DELETE FROM deliveries")
+        await rows(db, "UPDATE batches SET state = 'open', finished_at = NULL, succeeded = 1")
+        for _ in range(2):
+            await mended(db)
+            await rows(db, "UPDATE batches SET succeeded = 1")  # counted again, but finished before
+        told = await rows(db, "SELECT event, subject_id FROM deliveries")
+        assert [(row.event, row.subject_id) for row in told] == [("batch.finished", opened.id)]
 
     play(database_url, story)
 

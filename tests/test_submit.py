@@ -2,8 +2,11 @@
 
 import asyncio
 import tracemalloc
+from dataclasses import replace
 
+import psycopg
 import pytest
+from sqlalchemy import event
 from stage import HELLO, Mailbox, a_batch, answered, batch, counters_are_exact, job, play, rows, take
 
 from worker import submit as submitting
@@ -38,6 +41,47 @@ def test_a_key_belongs_to_its_request_and_its_tenant(database_url):
         theirs = await submit(db, publish, NewJob(request=other, idempotency_key="k", tenant="b"))
         assert not theirs.replayed
         assert len(await rows(db, "SELECT FROM jobs")) == 2
+
+    play(database_url, story)
+
+
+def test_a_key_belongs_to_the_chain_the_lane_and_the_metadata_as_well(database_url):
+    async def story(db):
+        publish = Mailbox().publish
+        first = NewJob(request=HELLO, idempotency_key="k")
+        await submit(db, publish, first)
+        for other in ({"chain": "another"}, {"lane": Lane.BULK}, {"metadata": {"ticket": "T-1"}}):
+            with pytest.raises(KeyReused):
+                await submit(db, publish, replace(first, **other))
+        assert (await submit(db, publish, replace(first, deadline_s=7))).replayed
+
+    play(database_url, story)
+
+
+def test_a_key_that_tenants_share_gives_each_its_own_job_again(database_url):
+    async def story(db):
+        publish = Mailbox().publish
+        jobs = [NewJob(request=HELLO, idempotency_key="k", tenant=tenant) for tenant in ("a", "b", "c")]
+        made, again = [[(await submit(db, publish, one)).job_id for one in jobs] for _ in range(2)]
+        assert made == again
+        assert len(set(made)) == 3
+
+    play(database_url, story)
+
+
+def test_a_key_whose_job_is_deleted_in_that_moment_makes_a_new_one(database_url):
+    async def story(db):
+        publish, wanted = Mailbox().publish, NewJob(request=HELLO, idempotency_key="k")
+        first = await submit(db, publish, wanted)
+
+        def deleted(*given):
+            if "SELECT id, fingerprint FROM jobs" in given[2]:
+                with psycopg.connect(database_url, autocommit=True) as other:
+                    other.execute("DELETE FROM jobs")
+
+        event.listen(db.sync_engine, "before_cursor_execute", deleted)
+        second = await submit(db, publish, wanted)
+        assert (second.replayed, second.job_id != first.job_id) == (False, True)
 
     play(database_url, story)
 
@@ -112,7 +156,7 @@ def test_two_runs_of_the_same_file_at_once_submit_each_row_once(database_url, mo
 def test_a_batch_name_belongs_to_its_file(database_url):
     async def story(db):
         await open_batch(db, "b", fingerprint=["one.csv"], columns=None)
-        with pytest.raises(UsageError, match="--batch"):
+        with pytest.raises(UsageError, match="choose another name"):
             await open_batch(db, "b", fingerprint=["two.csv"], columns=None)
         assert (await open_batch(db, "b", fingerprint=["two.csv"], columns=None, tenant="b")).resumed is False
 

@@ -138,6 +138,21 @@ def test_those_that_have_not_ended_are_named_when_the_time_is_over(database_url,
     asyncio.run(story())
 
 
+def test_who_gives_up_leaves_others_waiting_for_the_same_job(database_url, redis_url, monkeypatch):
+    monkeypatch.setattr(waiting, "POLL_S", 0.02)
+
+    async def story() -> None:
+        async with opened(database_url, redis_url) as (db, _, endings):
+            (job_id,) = await queued_jobs(db)
+            wait = asyncio.create_task(endings.wait([job_id], LONG_S))
+            await until(registered(endings))
+            assert await endings.wait([job_id], 0.01) == {job_id}
+            await end(db, job_id)
+            assert await asyncio.wait_for(wait, LONG_S / 2) == set()
+
+    asyncio.run(story())
+
+
 def test_anything_else_on_the_channel_is_ignored(database_url, redis_url, monkeypatch):
     monkeypatch.setattr(waiting, "POLL_S", 3600)
 

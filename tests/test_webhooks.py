@@ -209,7 +209,7 @@ def test_a_finished_batch_is_sent_with_its_counts(database_url):
             assert message["type"] == "batch.finished"
             assert message["data"] == {
                 "id": str(batch.id), "state": "finished", "name": "monday", "total": 2, "succeeded": 1, "degraded": 0, "failed": 1,
-                "cancelled": 0, "expired": 0, "metadata": None,
+                "cancelled": 0, "expired": 0, "status": None, "metadata": None,
             }  # fmt: skip
 
     play(database_url, story)
@@ -259,6 +259,7 @@ def test_an_endpoint_that_is_gone_or_failed_for_days_is_told_nothing_more(databa
             new = await a_webhook(db, endpoint.url)
             await rows(db, "UPDATE webhooks SET failing_since = now() - make_interval(secs => :s)", s=failing_days * 86_400)
             first = await a_delivery(db, new.webhook)
+            await rows(db, "UPDATE deliveries SET attempts = :n", n=len(BACKOFF_S))  # the next attempt is its last
             endpoint.status = status
             async with delivering(db):
                 await until(db, "SELECT FROM webhooks WHERE disabled_at IS NOT NULL")
@@ -274,12 +275,14 @@ def test_an_endpoint_that_is_gone_or_failed_for_days_is_told_nothing_more(databa
     play(database_url, story)
 
 
-def test_a_failure_of_less_than_five_days_disables_nothing(database_url):
+@pytest.mark.parametrize(("failing_days", "attempts"), [(4.9, len(BACKOFF_S)), (40, 0), (40, len(BACKOFF_S) - 1)])
+def test_neither_failures_of_less_than_five_days_nor_one_that_is_tried_again_disable_anything(database_url, failing_days, attempts):
     async def story(db):
         async with an_endpoint() as endpoint:
             new = await a_webhook(db, endpoint.url)
-            await rows(db, "UPDATE webhooks SET failing_since = now() - interval '4.9 days'")
+            await rows(db, "UPDATE webhooks SET failing_since = now() - make_interval(secs => :s)", s=failing_days * 86_400)
             await a_delivery(db, new.webhook)
+            await rows(db, "UPDATE deliveries SET attempts = :n", n=attempts)
             endpoint.status = 500
             async with delivering(db):
                 await until(db, "SELECT FROM deliveries WHERE http_status = 500")
@@ -465,6 +468,15 @@ def test_a_tenant_has_so_many_webhooks_at_most(database_url):
     play(database_url, story)
 
 
+def test_nor_has_it_more_when_all_are_made_at_once(database_url):
+    async def story(db):
+        made = await asyncio.gather(*(a_webhook(db) for _ in range(webhooks.MOST + 10)), return_exceptions=True)
+        assert [type(one) for one in made if isinstance(one, Exception)] == [webhooks.TooMany] * 10
+        assert len(await webhooks.listed(db)) == webhooks.MOST
+
+    play(database_url, story)
+
+
 def test_a_deleted_webhook_takes_its_log_along_and_what_came_meanwhile_is_told_to_nobody(database_url):
     async def story(db):
         new = await a_webhook(db)
@@ -496,7 +508,8 @@ def test_what_ended_thirty_days_ago_is_gone_from_the_log(database_url):
     play(database_url, story)
 
 
-def test_the_batch_of_a_file_is_told_once_its_files_are_there(database_url):
+@pytest.mark.parametrize("status", ["completed", "failed", "expired", "cancelled"])
+def test_the_batch_of_a_file_is_told_once_its_files_are_there_as_openais_clients_know_it(database_url, status):
     async def story(db):
         async with an_endpoint() as endpoint:
             await a_webhook(db, endpoint.url)
@@ -513,8 +526,10 @@ def test_the_batch_of_a_file_is_told_once_its_files_are_there(database_url):
             async with delivering(db):
                 await until(db, "SELECT FROM deliveries WHERE state = 'delivered'")
                 assert [json.loads(body)["type"] for _, body, *_ in endpoint.received] == ["job.succeeded"]
-                await rows(db, "UPDATE file_batches SET state = 'completed', completed_at = now()")
+                await rows(db, "UPDATE file_batches SET state = :status", status=status)
                 await until(db, "SELECT FROM deliveries WHERE state = 'delivered' HAVING count(*) = 2")
-            assert json.loads(endpoint.received[1][1])["type"] == "batch.finished"
+            message = json.loads(endpoint.received[1][1])
+            assert message["type"] == "batch.finished"
+            assert (message["data"]["id"], message["data"]["status"]) == (f"batch_{batch.id.hex}", status)
 
     play(database_url, story)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
-from uuid import UUID
 
 from celery import Celery
 from kombu import Exchange, Queue
@@ -20,7 +19,7 @@ from worker.embedded.attach import attached
 from worker.errors import BackstopError
 from worker.job import Lane
 from worker.settings import Settings, read_settings
-from worker.transport import TASK, TIDY
+from worker.transport import TIDY
 
 # Messages only wake workers, so every rule here is for being woken soon and by few.
 DELIVERY: dict[str, Any] = {
@@ -47,7 +46,6 @@ DELIVERY: dict[str, Any] = {
         "health_check_interval": 10,
         "queue_order_strategy": "sorted",  # names sort by rank: the interactive lane is served first
     },
-    "task_publish_retry": False,
     "task_queues": [Queue(name, Exchange(name), routing_key=name) for name in map(queue_name, Lane)],
     "task_default_queue": queue_name(Lane.BULK),
     "task_create_missing_queues": False,
@@ -82,15 +80,3 @@ def threads(settings: Settings, lanes: Collection[Lane] = tuple(Lane)) -> int:
 
 app = Celery("backstop", set_as_current=False)  # who produces jobs may have a Celery of its own
 app.add_defaults(_configuration)
-
-
-def publish(lane: Lane, delivery_id: UUID, job_ids: Sequence[UUID]) -> None:
-    """One message on the lane's queue. Raises kombu's OperationalError when it is not known to have arrived."""
-    app.send_task(
-        TASK,
-        kwargs={"job_ids": [str(job_id) for job_id in job_ids]},
-        task_id=str(delivery_id),
-        queue=queue_name(lane),
-        ignore_result=True,
-        retry=False,
-    )

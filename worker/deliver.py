@@ -29,6 +29,7 @@ import worker
 from worker.database import run
 from worker.errors import UsageError
 from worker.events import origin
+from worker.file_batches import wire_id
 from worker.loop import cancel_surely
 from worker.webhooks import check_url, is_public
 
@@ -113,7 +114,7 @@ RETURNING d.id, d.webhook_id, d.attempts, w.url, w.secret, d.event, d.created_at
     (SELECT jsonb_build_object('batch_id', j.batch_id, 'custom_id', j.custom_id, 'chain', j.chain, 'lane', j.lane, 'metadata', j.metadata)
      FROM jobs j WHERE j.id = d.subject_id AND d.event LIKE 'job.%') AS job,
     (SELECT jsonb_build_object('name', b.name, 'total', b.total, 'succeeded', b.succeeded, 'degraded', b.degraded, 'failed', b.failed,
-        'cancelled', b.cancelled, 'expired', b.expired, 'metadata', f.metadata)
+        'cancelled', b.cancelled, 'expired', b.expired, 'status', f.state, 'metadata', f.metadata)
      FROM batches b LEFT JOIN file_batches f ON f.batch_id = b.id WHERE b.id = d.subject_id AND d.event LIKE 'batch.%') AS batch
 """)
 
@@ -127,8 +128,13 @@ async def _claim(db: AsyncEngine, busy: Counter[UUID]) -> list[Due]:
 
 
 def _body(row: Any) -> str:
-    """The same at every attempt: the state is the one that was to be told, whatever became of the job since."""
-    data = {"id": str(row.subject_id), "state": row.event.partition(".")[2], **(row.job or row.batch or {})}
+    """The same at every attempt: the state is the one that was to be told, whatever became of the job since.
+
+    The batch of a file has the id and the `status` that OpenAI's clients know; of others that is null.
+    """
+    of_file = row.batch is not None and row.batch["status"] is not None
+    subject = wire_id(row.subject_id) if of_file else str(row.subject_id)
+    data = {"id": subject, "state": row.event.partition(".")[2], **(row.job or row.batch or {})}
     body = {"type": row.event, "timestamp": row.created_at.astimezone(UTC).isoformat().replace("+00:00", "Z"), "data": data}
     return json.dumps(body, separators=(",", ":"))
 
@@ -191,6 +197,8 @@ async def send(http: aiohttp.ClientSession, due: Due, *, private: bool) -> Outco
         return Outcome(None, "broken_off")
 
 
+# Disabled once a delivery that used up all of its attempts, over a day, ends five days of nothing but failures: one attempt that
+# fails after days without an event is none of that.
 _NOTE = text("""
 WITH noted AS (
     UPDATE deliveries SET state = :state, ended_at = CASE WHEN :state <> 'pending' THEN now() END,
@@ -199,7 +207,7 @@ WITH noted AS (
 )
 UPDATE webhooks w SET
     failing_since = CASE WHEN :state = 'delivered' THEN NULL ELSE coalesce(w.failing_since, now()) END,
-    disabled_at = CASE WHEN :gone OR :state <> 'delivered' AND w.failing_since < now() - interval '5 days' THEN now() END
+    disabled_at = CASE WHEN :gone OR :state = 'failed' AND w.failing_since < now() - interval '5 days' THEN now() END
 FROM noted n WHERE w.id = n.webhook_id AND w.disabled_at IS NULL AND (:state <> 'delivered' OR w.failing_since IS NOT NULL)
 RETURNING w.id, w.disabled_at
 """)

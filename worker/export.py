@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import AsyncIterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -138,15 +138,29 @@ def jsonl_line(row: ExportRow) -> str:
     Either `response` or `error` is null. `id` and `request_id` are the job's id; `custom_id` is the row's number where
     it had none of its own. The body is a chat `completion`.
     """
+    return _encoded(row, row.custom_id or str(row.ordinal or row.job_id), _error(row))
+
+
+# Codes of OpenAI's: https://platform.openai.com/docs/api-reference/batch/request-output
+_UNANSWERED = {
+    "expired": {"code": "batch_expired", "message": "the completion window ended before this request was answered"},
+    "cancelled": {"code": "batch_cancelled", "message": "this request was cancelled before it was answered"},
+}
+
+
+def file_line(row: ExportRow) -> str:
+    """The same for the output or the error file of a batch made of a file, where a row's number is that of its line.
+
+    `custom_id` is null where the line had none of its own, for its number could be another's; `error` has it as `line`.
+    """
+    return _encoded(row, row.custom_id, _UNANSWERED.get(row.state, _error(row)) | {"line": row.ordinal})
+
+
+def _encoded(row: ExportRow, custom_id: str | None, error: Mapping[str, Any]) -> str:
     response = None
     if row.answer is not None:
         response = {"status_code": 200, "request_id": str(row.job_id), "body": completion(row.job_id, row.answer, row.cost_usd)}
-    line = {
-        "id": str(row.job_id),
-        "custom_id": row.custom_id or str(row.ordinal or row.job_id),
-        "response": response,
-        "error": _error(row) if response is None else None,
-    }
+    line = {"id": str(row.job_id), "custom_id": custom_id, "response": response, "error": None if response else error}
     return json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS)
 
 

@@ -22,6 +22,7 @@ from worker.errors import BackstopError
 from worker.job import new_id
 from worker.tally import TOLD
 
+MOST_UNFINISHED = 1_000  # of one tenant
 RETRY_S = 600.0  # so long after it was made, a batch is what a retry of its POST means
 
 
@@ -99,8 +100,12 @@ class KeyReused(BackstopError):
     """The idempotency key belongs to another request."""
 
 
-# Two POSTs of the same request go one after the other, so that the second sees what the first has made.
-_SERIALIZE = text("SELECT pg_advisory_xact_lock(hashtextextended(CAST(:tenant AS text) || ' ' || CAST(:key AS text), 0))")
+class TooMany(BackstopError):
+    """MOST_UNFINISHED batches of the tenant have not ended."""
+
+
+# The POSTs of a tenant go one after the other, so that each sees what those before it have made.
+_SERIALIZE = text("SELECT pg_advisory_xact_lock(hashtextextended(CAST(:tenant AS text), 0))")
 
 _EARLIER = text("""
 SELECT batch_id, fingerprint FROM file_batches WHERE tenant = :tenant AND CASE
@@ -109,22 +114,24 @@ SELECT batch_id, fingerprint FROM file_batches WHERE tenant = :tenant AND CASE
 ORDER BY batch_id DESC LIMIT 1
 """)
 
-_CREATE = text("""
+_CREATE = text(f"""
 WITH batch AS (
-    INSERT INTO batches (id, tenant, name, state, fingerprint) VALUES (:id, :tenant, :name, 'loading', :fingerprint) RETURNING id
+    INSERT INTO batches (id, tenant, name, state, fingerprint) SELECT :id, :tenant, :name, 'loading', :fingerprint
+    WHERE (SELECT count(*) FROM file_batches WHERE tenant = :tenant
+        AND state IN ('validating', 'in_progress', 'finalizing', 'cancelling')) < {MOST_UNFINISHED} RETURNING id
 )
 INSERT INTO file_batches (batch_id, tenant, state, input_file_id, completion_window, output_expires_s, skips_bad_lines, metadata,
     fingerprint, idempotency_key, expires_at)
 SELECT id, :tenant, 'validating', :input, :window, :output_expires_s, :skips, CAST(:metadata AS jsonb), :fingerprint, :key,
     now() + make_interval(secs => :window_s)
-FROM batch
+FROM batch RETURNING batch_id
 """)
 
 
 async def create(db: AsyncEngine, new: NewFileBatch) -> FileBatch:
     """The batch, in `validating`; the one of before when its key was used already, or when it is asked for once more.
 
-    That its input file is there, the caller has seen. Raises KeyReused when its idempotency key was used for another request.
+    That its input file is there, the caller has seen. Raises KeyReused when its idempotency key was used for another request, TooMany.
     """
     batch_id = await promptly(_created(db, new), STATEMENT_S)
     batch = await one(db, batch_id, new.tenant)
@@ -137,7 +144,7 @@ async def _created(db: AsyncEngine, new: NewFileBatch) -> UUID:
         await connection.execution_options(isolation_level="READ COMMITTED")  # each statement sees what was committed before it
         async with connection.begin():
             key = new.idempotency_key
-            await connection.execute(_SERIALIZE, {"tenant": new.tenant, "key": key or new.fingerprint})
+            await connection.execute(_SERIALIZE, {"tenant": new.tenant})
             if key is not None or new.is_retry:
                 asked = {"tenant": new.tenant, "key": key, "fingerprint": new.fingerprint, "retry_s": RETRY_S}
                 for row in await connection.execute(_EARLIER, asked):
@@ -145,7 +152,8 @@ async def _created(db: AsyncEngine, new: NewFileBatch) -> UUID:
                         raise KeyReused(f"the idempotency key was used for another request: {wire_id(row.batch_id)}; take a new key")
                     return row.batch_id  # type: ignore[no-any-return]
             batch_id = new_id()
-            await connection.execute(_CREATE, _values(batch_id, new))
+            if not list(await connection.execute(_CREATE, _values(batch_id, new))):
+                raise TooMany(f"{MOST_UNFINISHED} of your batches have not ended: wait for some, or cancel them")
             return batch_id
 
 
@@ -223,11 +231,15 @@ async def cancel(db: AsyncEngine, batch_id: UUID, errors: Sequence[Mapping[str, 
     return bool(cancelled)
 
 
-_MOVE = """
-UPDATE file_batches SET state = '{state}', {state}_at = now() WHERE batch_id = :id AND state = '{was}' RETURNING batch_id
-"""
-_VALIDATED = text(_MOVE.format(was="validating", state="in_progress"))
-_FINALIZING = text(_MOVE.format(was="in_progress", state="finalizing"))
+_ENDED = "EXISTS (SELECT FROM batches b WHERE b.id = :id AND b.state = 'finished')"  # and none of its jobs was requeued since
+
+_VALIDATED = text("""
+UPDATE file_batches SET state = 'in_progress', in_progress_at = now() WHERE batch_id = :id AND state = 'validating' RETURNING batch_id
+""")
+_FINALIZING = text(f"""
+UPDATE file_batches SET state = 'finalizing', finalizing_at = now() WHERE batch_id = :id AND state = 'in_progress' AND {_ENDED}
+RETURNING batch_id
+""")
 
 _FAILED = text(f"""
 WITH failed AS (
@@ -259,13 +271,14 @@ async def finalizing(db: AsyncEngine, batch_id: UUID) -> None:
 
 
 # The files and the state together, or nothing: a file that was purged meanwhile is written anew.
-_END = """
+_END = f"""
 WITH written AS (
     SELECT count(*) AS files FROM files WHERE id IN (:output, :errors) AND state = 'uploading'
 ), ended AS (
-    UPDATE file_batches SET state = '{state}', {state}_at = now(), output_file_id = :output, error_file_id = :errors,
+    UPDATE file_batches SET state = '{{state}}', {{state}}_at = now(), output_file_id = :output, error_file_id = :errors,
         usage = CAST(:usage AS jsonb)
-    FROM written WHERE batch_id = :id AND state IN ('finalizing', 'cancelling') AND written.files = :files RETURNING output_expires_s
+    FROM written WHERE batch_id = :id AND state IN ('finalizing', 'cancelling') AND written.files = :files AND {_ENDED}
+    RETURNING output_expires_s
 )
 UPDATE files f SET state = 'ready', expires_at = now() + make_interval(secs => e.output_expires_s)
 FROM ended e WHERE f.id IN (:output, :errors)

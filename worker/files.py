@@ -156,6 +156,15 @@ def _view(row: Any) -> FileView:
     return FileView(**row._mapping)
 
 
+_STORED = text("SELECT coalesce(sum(bytes), 0)::bigint AS bytes FROM files WHERE tenant = :tenant")
+
+
+async def stored(db: AsyncEngine, tenant: str) -> int:
+    """Bytes of all the tenant's files, what is still uploaded and what has yet to be purged included."""
+    (row,) = await run(db, _STORED, tenant=tenant)
+    return int(row.bytes)
+
+
 _PIECE = text("SELECT data FROM file_chunks WHERE file_id = :id AND seq = :seq")
 
 

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 from uuid import UUID
 
-import redis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.retry import Retry
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import intervene, reads
 from worker.database import engine, unreachable
-from worker.dispatch import queue_name
+from worker.dispatch import Publish
 from worker.embedded.attach import attached
 from worker.errors import NotFound, UsageError, WaitTimedOut
 from worker.export import ExportRow
 from worker.intervene import Cancelled
 from worker.job import TERMINAL, Lane
-from worker.loop import cancel_surely
 from worker.settings import Settings, read_settings
-from worker.submit import BULK_DEADLINE_S, Batch, Submitted
-from worker.transport import TASK, message_of
+from worker.submit import BULK_DEADLINE_S, Batch, Parameters, Submitted
+from worker.transport import bell_of, publish
 from worker.views import BatchView, JobView
 from worker.waiting import Endings
 
@@ -51,32 +49,56 @@ class Links:
     loop: asyncio.AbstractEventLoop
     open: AsyncExitStack
     db: AsyncEngine
-    bell: redis.Redis
+    publish: Publish
     endings: Endings
 
-    def publish(self, lane: Lane, delivery_id: UUID, job_ids: Sequence[UUID]) -> None:
-        queue = queue_name(lane)
-        self.bell.lpush(queue, message_of(queue, TASK, str(delivery_id), {"job_ids": [str(job_id) for job_id in job_ids]}))
+
+class Where(TypedDict, total=False):
+    """What is left out, or None, is as the environment says; without URLs there, the embedded servers that run under `data`."""
+
+    database_url: str | None
+    redis_url: str | None
+    config: str | Path | None
+    data: str | Path | None
+    tenant: str  # `default` unless given
+
+
+class Enqueuing(Parameters, total=False):
+    """How one job is handed in: the keywords of AsyncBackstop.enqueue."""
+
+    chain: str
+    lane: Lane | str
+    deadline_s: float
+    idempotency_key: str | None
+    metadata: Mapping[str, Any] | None
+
+
+class EnqueuingMany(Parameters, total=False):
+    """How a batch is handed in: the keywords of AsyncBackstop.enqueue_many."""
+
+    batch: str | None
+    chain: str
+    deadline_s: float
+
+
+class Chatting(Parameters, total=False):
+    """How a chain is run here: the keywords of AsyncBackstop.chat."""
+
+    chain: str
+    timeout_s: float
 
 
 class Following:
     """Connects when first used; `async with` closes it, and what is used after that connects again.
 
-    Settings are those of the environment unless given: `database_url`, `redis_url`, else the embedded servers that run under
-    `data`. After a fork the child connects anew.
+    After a fork the child connects anew. Raises UsageError for a setting that is none.
     """
 
-    def __init__(
-        self,
-        *,
-        database_url: str | None = None,
-        redis_url: str | None = None,
-        config: str | Path | None = None,
-        data: str | Path | None = None,
-        tenant: str = "default",
-    ) -> None:
-        self._given = {"database_url": database_url, "redis_url": redis_url, "config": config, "data": data}
-        self._tenant = tenant
+    def __init__(self, **where: Unpack[Where]) -> None:
+        if unknown := where.keys() - Where.__annotations__.keys():
+            raise UsageError(f"{min(unknown)}: no such setting, there are {', '.join(Where.__annotations__)}")
+        self._given = {name: value for name, value in where.items() if name != "tenant" and value is not None}
+        self._tenant = where.get("tenant", "default")
         self._settings: Settings | None = None
         self._links: Links | None = None
         self._opening = asyncio.Lock()
@@ -117,29 +139,18 @@ class Following:
         links = await self._opened()
         pending = {_id(job) for job in jobs}
         until = links.loop.time() + timeout_s
-        with reached():
-            for view in await self._views(links, pending):
+        for page in _pages(pending):
+            for view in await self._views(links, page):
                 if view.ended:
                     pending.discard(view.id)
                     yield view
-        ended: asyncio.Queue[UUID] = asyncio.Queue()
-        tasks = [asyncio.create_task(_tell(links.endings, job_id, timeout_s, ended)) for job_id in pending]
-        try:
-            while pending:
-                try:
-                    async with asyncio.timeout_at(until):
-                        some = {await ended.get()}
-                except TimeoutError:
-                    raise WaitTimedOut(f"{len(pending)} jobs have not ended after {timeout_s:g} s; they go on") from None
-                while not ended.empty():
-                    some.add(ended.get_nowait())
-                pending -= some
-                with reached():
-                    views = await self._views(links, some)
-                for view in views:
+        async for some in links.endings.each(pending, until - links.loop.time()):
+            for page in _pages(some):
+                for view in await self._views(links, page):
+                    pending.discard(view.id)
                     yield view
-        finally:
-            await cancel_surely(tasks)
+        if pending:
+            raise WaitTimedOut(f"{len(pending)} jobs have not ended after {timeout_s:g} s; they go on")
 
     async def results(self, batch: Batch | UUID | str, timeout_s: float = BULK_DEADLINE_S) -> AsyncGenerator[ExportRow, None]:
         """Each row of the batch in the order of its input, as soon as it and those before it have ended.
@@ -169,17 +180,19 @@ class Following:
             after = page[-1].ordinal or 0
 
     async def cancel(self, what: Job | Batch) -> Cancelled:
-        """The job, or all jobs of the batch, end cancelled unless they have ended; running ones within a heartbeat. Raises NotFound."""
+        """The job, or all jobs of the batch, end cancelled unless they have ended; running ones within a heartbeat.
+
+        Raises UsageError for the name of a batch, NotFound.
+        """
         links = await self._opened()
-        if isinstance(what, Batch):
-            with reached():
-                return await intervene.cancel(links.db, batch_id=what.id, tenant=self._tenant)
-        view = await self.result(what)
         with reached():
-            return await intervene.cancel(links.db, job_ids=[view.id], tenant=self._tenant)
+            if isinstance(what, Batch):
+                return await intervene.cancel(links.db, batch_id=what.id, tenant=self._tenant)
+            return await intervene.cancel(links.db, job_ids=[(await self.result(what)).id], tenant=self._tenant)
 
     async def _views(self, links: Links, job_ids: Collection[UUID]) -> list[JobView]:
-        views = await reads.job_views(links.db, list(job_ids))
+        with reached():
+            views = await reads.job_views(links.db, list(job_ids))
         for job_id, view in zip(job_ids, views, strict=True):
             if view is None or view.tenant != self._tenant:
                 raise NotFound(f"there is no job {job_id}")
@@ -224,9 +237,7 @@ class Following:
 
     def _settings_now(self) -> Settings:
         if self._settings is None:
-            given = {name: value for name, value in self._given.items() if value is not None}
-            for name in given.keys() & {"config", "data"}:
-                given[name] = Path(str(given[name]))
+            given = {name: Path(str(value)) if name in ("config", "data") else value for name, value in self._given.items()}
             self._settings = read_settings().model_copy(update=given)
         return self._settings
 
@@ -236,27 +247,26 @@ async def _connect(settings: Settings, loop: asyncio.AbstractEventLoop) -> Links
         db = engine(str(settings.database_url))
         stack.push_async_callback(db.dispose)
         try:
-            bell = redis.Redis.from_url(str(settings.redis_url), socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+            bell = bell_of(str(settings.redis_url))
             ears = Redis.from_url(str(settings.redis_url), socket_timeout=2, socket_connect_timeout=1, retry=AsyncRetry(NoBackoff(), 0))
         except ValueError:
-            raise UsageError("REDIS_URL is no URL of a Redis: expected redis://:password@host:6379/0") from None
+            raise UsageError("redis_url (or REDIS_URL): no URL of a Redis: expected redis://:password@host:6379/0") from None
         stack.callback(bell.close)
         stack.push_async_callback(ears.aclose)
         endings = await stack.enter_async_context(Endings(db, ears))
-        return Links(os.getpid(), loop, stack.pop_all(), db, bell, endings)
+        return Links(os.getpid(), loop, stack.pop_all(), db, partial(publish, bell), endings)
 
 
-async def _tell(endings: Endings, job_id: UUID, timeout_s: float, ended: asyncio.Queue[UUID]) -> None:
-    with suppress(DBAPIError):  # said by the look at the ledger that follows, or as a time-out
-        if not await endings.wait([job_id], timeout_s):
-            ended.put_nowait(job_id)
+def _pages(job_ids: Iterable[UUID]) -> Iterator[list[UUID]]:
+    ids = list(job_ids)
+    return (ids[start : start + PAGE] for start in range(0, len(ids), PAGE))
 
 
 def _id(job: Job) -> UUID:
     try:
         return job.job_id if isinstance(job, Submitted) else UUID(str(job))
     except ValueError:
-        raise UsageError("job: expected what enqueue gave back, or the id of a job") from None
+        raise UsageError("job: expected what enqueue gave back, or the id of a job, not a name") from None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from worker.batchlines import parse
 from worker.config import Config
 from worker.errors import NotFound, UsageError
 from worker.events import origin
-from worker.export import ExportRow, jsonl_line
+from worker.export import ExportRow, file_line
 from worker.file_batches import FileBatch
 from worker.submit import Batch, Row, add_rows, close_batch
 from worker.tickets import json_object
@@ -52,9 +52,22 @@ async def tend(db: AsyncEngine, config: Config) -> None:
                 continue
             try:
                 await _advance(db, config, batch_id)
+                _troubles.pop(batch_id, None)
             except Exception as error:  # the trouble of one batch is not that of the others
-                log.warning("intake_failed", batch_id=str(batch_id), error=type(error).__name__, origin=origin(error))
+                _warn(batch_id, type(error).__name__, origin(error))
     await files.purge(db)
+
+
+_troubles: dict[UUID, tuple[str, int]] = {}  # what a batch has met in this process, and how often in a row
+
+
+def _warn(batch_id: UUID, error: str, where: str) -> None:
+    """The same trouble is logged the first, second, fourth time and so on."""
+    before, times = _troubles.get(batch_id, ("", 0))
+    times = times + 1 if before == error + where else 1
+    _troubles[batch_id] = error + where, times
+    if times & (times - 1) == 0:
+        log.warning("intake_failed", batch_id=str(batch_id), error=error, origin=where, times=times)
 
 
 # Only saves work: should it be lost along with its connection, each step is guarded by itself.
@@ -86,7 +99,7 @@ async def _advance(db: AsyncEngine, config: Config, batch_id: UUID) -> None:
                 await file_batches.finalizing(db, batch_id)
             case ("cancelling", "loading" | "open"):
                 await intervene.cancel(db, batch_id=batch_id)
-            case ("cancelling", "finished") | ("finalizing", _):
+            case ("cancelling" | "finalizing", "finished"):
                 await _finish(db, batch)
 
 
@@ -155,7 +168,7 @@ class Lines:
             return self._bad("invalid_json_line", str(error))
         found = parse(body)
         if found.custom_id is not None and self._twice(found.custom_id):
-            return self._bad("duplicate_custom_id", "custom_id: an earlier line has the same", found.custom_id)
+            return self._bad("duplicate_custom_id", "custom_id: an earlier line has the same")  # whose it stays
         if found.problem is not None:
             return self._bad("invalid_request", found.problem, found.custom_id)
         try:
@@ -265,7 +278,7 @@ def _written(page: list[ExportRow], used: Counter[str]) -> dict[str, bytes]:
     """The lines of either file, where it has any. Adds up in `used` what the answers took."""
     lines: dict[str, list[str]] = {}
     for row in page:
-        lines.setdefault("error" if row.answer is None else "output", []).append(jsonl_line(row) + "\n")
+        lines.setdefault("error" if row.answer is None else "output", []).append(file_line(row) + "\n")
         if row.answer is not None and row.answer.age_s is None:
             used.update({name: count for name, count in row.answer.usage.to_json().items() if type(count) is int})
     return {kind: "".join(some).encode() for kind, some in lines.items()}

@@ -67,9 +67,12 @@ async def cancel(
             return Cancelled(cancelled, flagged)
 
 
-# What ended without an answer and can be sent. Rows of a file that could not be used have no request.
-_REQUEUEABLE = """
+# What ended without an answer and can be sent. Rows of a file that could not be used have no request. The files of answers that a
+# batch of a file has written stay as they are.
+_OVER = "f.state <> 'in_progress'"
+_REQUEUEABLE = f"""
 j.state IN ('failed', 'cancelled', 'expired') AND EXISTS (SELECT FROM job_requests r WHERE r.job_id = j.id AND r.request IS NOT NULL)
+    AND NOT EXISTS (SELECT FROM file_batches f WHERE f.batch_id = j.batch_id AND {_OVER})
 """
 
 _REQUEUE = """
@@ -105,9 +108,10 @@ async def requeue(
     """Failed, cancelled and expired jobs are queued once more, with fresh attempts and their full time; how many.
 
     Those of the named jobs, of the batch, or of all that `which` selects, each once. Rows that never could be sent (no request)
-    stay failed. What a call of theirs has cost is not had back: asked again, it may be paid twice. Raises UsageError when
-    neither jobs nor a batch nor a selection is named.
+    stay failed, and jobs of a file's batch that is over are passed over. What a call of theirs has cost is not had back: asked again,
+    it may be paid twice. Raises UsageError when neither jobs nor a batch nor a selection is named, and when those are of such a batch.
     """
+    await _refuse_over(db, job_ids, batch_id)
     where, values = _requeueable(job_ids, batch_id, which)
     statement = text(_REQUEUE.format(which=where))
     total, after = 0, UUID(int=0)
@@ -120,9 +124,21 @@ async def requeueable(
     db: AsyncEngine, *, job_ids: Sequence[UUID] | None = None, batch_id: UUID | None = None, which: Selection = ALL
 ) -> Mapping[JobState, int]:
     """How many jobs `requeue` would reach now, by the state they ended in. Raises UsageError as it does."""
+    await _refuse_over(db, job_ids, batch_id)
     where, values = _requeueable(job_ids, batch_id, which)
     rows = await run(db, text(f"SELECT j.state, count(*) AS jobs FROM jobs j WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"), **values)
     return {JobState(row.state): row.jobs for row in rows}
+
+
+_NAMED_OVER = text(f"""
+SELECT b.name, f.state FROM file_batches f JOIN batches b ON b.id = f.batch_id
+WHERE {_OVER} AND (f.batch_id = :batch OR f.batch_id IN (SELECT j.batch_id FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])))) LIMIT 1
+""")
+
+
+async def _refuse_over(db: AsyncEngine, job_ids: Sequence[UUID] | None, batch_id: UUID | None) -> None:
+    for row in await run(db, _NAMED_OVER, batch=batch_id, ids=list(job_ids or ())):
+        raise UsageError(f"{row.name} is {row.state}, its files of answers are not written anew: send those lines as another batch")
 
 
 def _requeueable(job_ids: Sequence[UUID] | None, batch_id: UUID | None, which: Selection) -> tuple[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
     JobState.EXPIRED: frozenset({JobState.QUEUED}),
 }
 TERMINAL = frozenset(JobState) - {JobState.QUEUED, JobState.RUNNING}
+MAX_DEADLINE_S = 7 * 86_400.0
 
 
 class Lane(StrEnum):

@@ -32,7 +32,7 @@ class Scope(StrEnum):
 
     SUBMIT = "submit"  # jobs, batches and files in, and take them back: cancel, delete
     READ = "read"  # whatever is its tenant's
-    OPERATE = "operate"  # what concerns others as well: breakers, webhooks, requeues
+    OPERATE = "operate"  # what concerns others as well: webhooks
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 from uuid import UUID
 from weakref import WeakSet
 
@@ -22,16 +22,15 @@ from worker.batchlines import chat_request
 from worker.config import load
 from worker.errors import UsageError, WaitTimedOut
 from worker.export import ExportRow
-from worker.following import Following, Job, reached
+from worker.following import Chatting, Enqueuing, EnqueuingMany, Following, Job, Where, reached
 from worker.intervene import Cancelled
-from worker.job import ChatRequest, JobState, Lane, new_id
+from worker.job import MAX_DEADLINE_S, ChatRequest, JobState, Lane, new_id
 from worker.loop import LoopThread
 from worker.rescue import expire
-from worker.submit import BULK_DEADLINE_S, Batch, NewJob, Row, Submitted, add_rows, close_batch, open_batch, submit
+from worker.submit import BULK_DEADLINE_S, Batch, NewJob, Parameters, Row, Submitted, add_rows, close_batch, open_batch, submit
 from worker.textfile import UNSTORABLE
 from worker.views import JobView
 
-MAX_DEADLINE_S = 7 * 86_400.0
 AGAIN_S = 0.2  # between looks whether a job may be attempted again
 LATE_S = 5.0  # from a deadline until a job has surely ended
 
@@ -51,13 +50,13 @@ class AsyncBackstop(Following):
         deadline_s: float = 120,
         idempotency_key: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        **parameters: Any,
+        **parameters: Unpack[Parameters],
     ) -> Submitted:
         """The job is in the ledger and will reach an end. `parameters` go to the provider: `temperature`, `max_tokens`, ...
 
         Raises UsageError naming the argument, KeyReused for an idempotency key of another request, Unreachable.
         """
-        self._check(chain, deadline_s, idempotency_key)
+        self._check(chain, idempotency_key, deadline_s=deadline_s)
         job = NewJob(
             request=_request(messages, parameters),
             chain=chain,
@@ -78,7 +77,7 @@ class AsyncBackstop(Following):
         batch: str | None = None,
         chain: str = "default",
         deadline_s: float = BULK_DEADLINE_S,
-        **parameters: Any,
+        **parameters: Unpack[Parameters],
     ) -> Batch:
         """All rows are in the batch of that name, whatever their number; they are read in another thread and never held at once.
 
@@ -86,7 +85,7 @@ class AsyncBackstop(Following):
         resumed by the same call with the same rows: those that are in are not taken again. Without a name a batch cannot
         be resumed. Raises UsageError naming the row, or when the batch was made with another chain or parameters.
         """
-        self._check(chain, deadline_s)
+        self._check(chain, deadline_s=deadline_s)
         if isinstance(rows, str | Mapping):
             raise UsageError("rows: expected an iterable of requests, not one request")
         _request("-", parameters)
@@ -102,14 +101,14 @@ class AsyncBackstop(Following):
                 await close_batch(links.db, made)
         return replace(made, complete=True)
 
-    async def chat(self, messages: Messages, *, chain: str = "default", timeout_s: float = 60, **parameters: Any) -> JobView:
+    async def chat(self, messages: Messages, *, chain: str = "default", timeout_s: float = 60, **parameters: Unpack[Parameters]) -> JobView:
         """The job, ended: its chain was run by this process, no queue and no other worker had a part in it.
 
         It is a job like all others, its calls on the books before they leave, mended by the workers should this process die. It spares the
         way through Redis, and takes the connections and the provider keys of a worker, from the first call on. For many at once, and for
         whatever may wait, take `enqueue`. Raises UsageError as `enqueue` does; WaitTimedOut, and a worker may still end the job.
         """
-        self._check(chain, timeout_s)
+        self._check(chain, timeout_s=timeout_s)
         job = NewJob(request=_request(messages, parameters), chain=chain, deadline_s=timeout_s, tenant=self._tenant)
         links = await self._opened()
         attempts = (await self._at_work(links)).attempts
@@ -126,9 +125,10 @@ class AsyncBackstop(Following):
                 await asyncio.sleep(0 if states and JobState.QUEUED not in states else AGAIN_S)
         return view
 
-    def _check(self, chain: str, deadline_s: float, idempotency_key: str | None = None) -> None:
-        if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not 0 < deadline_s <= MAX_DEADLINE_S:
-            raise UsageError(f"deadline_s: expected seconds, more than 0 and at most {MAX_DEADLINE_S:.0f}")
+    def _check(self, chain: str, idempotency_key: str | None = None, **spans_s: float) -> None:
+        for name, span_s in spans_s.items():
+            if isinstance(span_s, bool) or not isinstance(span_s, int | float) or not 0 < span_s <= MAX_DEADLINE_S:
+                raise UsageError(f"{name}: expected seconds, more than 0 and at most {MAX_DEADLINE_S:.0f}")
         if idempotency_key is not None and not (isinstance(idempotency_key, str) and 1 <= len(idempotency_key) <= 255):
             raise UsageError("idempotency_key: expected a text of 1 to 255 characters")
         if not isinstance(chain, str) or not chain:
@@ -145,12 +145,12 @@ class Backstop:
     a thread of its own, so it also works where an event loop runs, which it holds up meanwhile: use AsyncBackstop there.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self._settings = settings
+    def __init__(self, **where: Unpack[Where]) -> None:
+        self._where = where
         self._lock = threading.Lock()
         self._home: tuple[LoopThread, AsyncBackstop] | None = None
         self._inherited: list[object] = []
-        AsyncBackstop(**settings)  # a wrong name is told here
+        AsyncBackstop(**where)  # a wrong name is told here
         _CLIENTS.add(self)
 
     def __enter__(self) -> Self:
@@ -163,21 +163,22 @@ class Backstop:
         """Nothing is open and no thread of it runs. Closing once more does nothing."""
         with self._lock:
             home, self._home = self._home, None
+            _OPEN.discard(self)
         if home is not None:
             thread, producer = home
             with suppress(TimeoutError):
                 thread.submit(producer.aclose()).result(timeout=5)
             thread.stop()
 
-    def enqueue(self, messages: Messages, **how: Any) -> Submitted:
+    def enqueue(self, messages: Messages, **how: Unpack[Enqueuing]) -> Submitted:
         """See AsyncBackstop.enqueue."""
         return self._run(lambda producer: producer.enqueue(messages, **how))
 
-    def enqueue_many(self, rows: Iterable[Messages | Mapping[str, Any]], **how: Any) -> Batch:
+    def enqueue_many(self, rows: Iterable[Messages | Mapping[str, Any]], **how: Unpack[EnqueuingMany]) -> Batch:
         """See AsyncBackstop.enqueue_many."""
         return self._run(lambda producer: producer.enqueue_many(rows, **how))
 
-    def chat(self, messages: Messages, **how: Any) -> JobView:
+    def chat(self, messages: Messages, **how: Unpack[Chatting]) -> JobView:
         """See AsyncBackstop.chat."""
         return self._run(lambda producer: producer.chat(messages, **how))
 
@@ -221,7 +222,8 @@ class Backstop:
     def _opened(self) -> tuple[LoopThread, AsyncBackstop]:
         with self._lock:
             if self._home is None:
-                self._home = LoopThread(), AsyncBackstop(**self._settings)
+                self._home = LoopThread(), AsyncBackstop(**self._where)
+                _OPEN.add(self)
             return self._home
 
     def _forked(self) -> None:
@@ -245,7 +247,7 @@ def _rows(rows: Iterable[Messages | Mapping[str, Any]], chain: str, shared: Mapp
             if custom_id is not None and not isinstance(custom_id, str):
                 raise UsageError("custom_id: expected a text")
         except UsageError as error:
-            raise UsageError(f"row {ordinal}: {error}; mend it and run again: what is in is not taken twice") from None
+            raise UsageError(f"row {ordinal}: {error}; mend it and call again: what is in a named batch is not taken twice") from None
         yield Row(ordinal=ordinal, custom_id=custom_id and UNSTORABLE.sub("\ufffd", custom_id), request=request, chain=chain)
 
 
@@ -280,6 +282,7 @@ def _metadata(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 
 _CLIENTS: WeakSet[Backstop] = WeakSet()
+_OPEN: set[Backstop] = set()  # held, so that the end also closes what nobody refers to any more
 
 
 def _after_fork() -> None:
@@ -289,7 +292,7 @@ def _after_fork() -> None:
 
 @atexit.register
 def _close_all() -> None:
-    for client in list(_CLIENTS):
+    for client in list(_OPEN):
         client.close()
 
 

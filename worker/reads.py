@@ -155,6 +155,27 @@ async def batch_results(db: AsyncEngine, batch_id: UUID, after_ordinal: int = 0,
     return [_result(row) for row in await _rows(db, _RESULT + where, batch=batch_id, after=after_ordinal, limit=limit)]
 
 
+async def batch_marks(db: AsyncEngine, batch_id: UUID, after_ordinal: int, limit: int) -> list[tuple[int, bool]]:
+    """Ordinals of up to `limit` rows of the batch behind that one, and whether each has ended. Their answers are not touched."""
+    sql = """
+    SELECT ordinal, finished_at IS NOT NULL AS ended FROM jobs WHERE batch_id = :batch AND ordinal > :after ORDER BY ordinal LIMIT :limit
+    """
+    return [(row["ordinal"], row["ended"]) for row in await _rows(db, sql, batch=batch_id, after=after_ordinal, limit=limit)]
+
+
+async def batch_ended(db: AsyncEngine, batch_id: UUID, ordinals: Sequence[int]) -> list[int]:
+    """Those of the ordinals whose rows have ended."""
+    sql = "SELECT ordinal FROM jobs WHERE batch_id = :batch AND ordinal = ANY(:ordinals) AND finished_at IS NOT NULL ORDER BY ordinal"
+    return [row["ordinal"] for row in await _rows(db, sql, batch=batch_id, ordinals=list(ordinals))]
+
+
+async def batch_rows(db: AsyncEngine, batch_id: UUID, until_ordinal: int) -> int:
+    """How many rows of the batch there are up to that ordinal."""
+    sql = "SELECT count(*) AS jobs FROM jobs WHERE batch_id = :batch AND ordinal <= :until"
+    (row,) = await _rows(db, sql, batch=batch_id, until=until_ordinal)
+    return int(row["jobs"])
+
+
 async def batch_endings(db: AsyncEngine, batch_id: UUID, ordinals: Sequence[int]) -> list[ExportRow]:
     """Those of the rows that have ended."""
     where = "WHERE j.batch_id = :batch AND j.ordinal = ANY(:ordinals) AND j.finished_at IS NOT NULL ORDER BY j.ordinal"

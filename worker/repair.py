@@ -18,7 +18,7 @@ from worker.database import promptly, run
 from worker.job import Lane
 from worker.keeper import LEADER_LOCK
 from worker.rescue import rescue
-from worker.tally import COUNTED
+from worker.tally import COUNTED, TOLD
 
 AGAIN_S = 2.0  # what is still so after this time is stuck; a leader mends within one
 LOOK_S = 60.0  # for one look: it may have to read every job
@@ -170,11 +170,17 @@ WHERE (b.total, b.succeeded, b.degraded, b.failed, b.cancelled, b.expired) <> (c
 """
 _LOCK_BATCH = text("SELECT FROM batches WHERE id = :id FOR NO KEY UPDATE")
 _RECOUNT = text(f"""
-UPDATE batches b SET
-    total = n.total, succeeded = n.succeeded, degraded = n.degraded, failed = n.failed, cancelled = n.cancelled, expired = n.expired,
-    state = CASE WHEN b.state = 'loading' THEN 'loading' WHEN n.unfinished = 0 THEN 'finished' ELSE 'open' END,
-    finished_at = CASE WHEN b.state <> 'loading' AND n.unfinished = 0 THEN coalesce(b.finished_at, n.finished_at, now()) END
-FROM (SELECT {_COUNTS} FROM jobs j WHERE j.batch_id = :id) n WHERE b.id = :id
+WITH was AS (SELECT id, state FROM batches WHERE id = :id), counted AS (
+    UPDATE batches b SET
+        total = n.total, succeeded = n.succeeded, degraded = n.degraded, failed = n.failed, cancelled = n.cancelled, expired = n.expired,
+        state = CASE WHEN b.state = 'loading' THEN 'loading' WHEN n.unfinished = 0 THEN 'finished' ELSE 'open' END,
+        finished_at = CASE WHEN b.state <> 'loading' AND n.unfinished = 0 THEN coalesce(b.finished_at, n.finished_at, now()) END
+    FROM was w, (SELECT {_COUNTS} FROM jobs j WHERE j.batch_id = :id) n WHERE b.id = w.id
+    RETURNING b.id, b.tenant, b.state = 'finished' AND w.state <> 'finished' AS ends
+), news AS (
+    SELECT tenant, 'batch.finished' AS event, id AS subject_id FROM counted WHERE ends
+), {TOLD}
+SELECT id FROM counted
 """)
 
 

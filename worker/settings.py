@@ -37,6 +37,7 @@ class Settings(BaseSettings):
 
     webhooks_private: bool = False  # webhooks may lead to http:// and to addresses that are not on the Internet
 
+    max_files_gb: float = Field(50.0, gt=0)  # files of one tenant, 10^9 bytes; the API refuses uploads beyond, batches still write theirs
     max_queued: int = Field(10_000, ge=1)  # interactive jobs of one tenant; the API refuses more with a 429
 
     # One worker process.

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 from uuid import UUID
 
 import structlog
@@ -48,6 +48,39 @@ class Submitted:
     replayed: bool
 
 
+class Parameters(TypedDict, total=False):
+    """What a provider is asked with, as `batchlines` checks it; those of vendors besides OpenAI stand last."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    max_completion_tokens: int
+    stop: str | list[str]
+    seed: int
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: dict[str, float]
+    logprobs: bool
+    top_logprobs: int
+    response_format: dict[str, Any]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    reasoning_effort: str
+    verbosity: str
+    modalities: list[str]
+    prediction: dict[str, Any]
+    service_tier: str
+    user: str
+    safety_identifier: str
+    prompt_cache_key: str
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    reasoning: dict[str, Any]
+    thinking: dict[str, Any]
+
+
 class KeyReused(BackstopError):
     """The idempotency key belongs to another request."""
 
@@ -73,7 +106,6 @@ async def submit(db: AsyncEngine, publish: Publish, job: NewJob) -> Submitted:
     Raises KeyReused when its idempotency key was used for something else, DBAPIError when nothing was accepted.
     """
     job_id = new_id()
-    fingerprint = _fingerprint([job.request.to_json(), job.chain, job.lane, job.metadata])
     direct = job.lane is Lane.INTERACTIVE  # bulk waits for its turn in the dispatcher's window
     inserted = await run(
         db,
@@ -81,7 +113,7 @@ async def submit(db: AsyncEngine, publish: Publish, job: NewJob) -> Submitted:
         id=job_id,
         tenant=job.tenant,
         key=job.idempotency_key,
-        fingerprint=fingerprint,
+        fingerprint=_print_of(job),
         chain=job.chain,
         lane=job.lane.value,
         deadline_s=job.deadline_s,
@@ -90,17 +122,25 @@ async def submit(db: AsyncEngine, publish: Publish, job: NewJob) -> Submitted:
         request=jsonb(job.request.to_json()),
     )
     if not inserted:
-        return await _replay(db, job, fingerprint)
+        return await replayed(db, job) or await submit(db, publish, job)  # anew when the earlier one was deleted since
     if direct:
         await _publish(db, publish, job_id)
     return Submitted(job_id, replayed=False)
 
 
-async def _replay(db: AsyncEngine, job: NewJob, fingerprint: str) -> Submitted:
-    (earlier,) = await run(db, _EARLIER, tenant=job.tenant, key=job.idempotency_key)
-    if earlier.fingerprint != fingerprint:
-        raise KeyReused(f"the idempotency key was used for another request: job {earlier.id}; take a new key for a new request")
-    return Submitted(earlier.id, replayed=True)
+async def replayed(db: AsyncEngine, job: NewJob) -> Submitted | None:
+    """The job that its idempotency key stands for already. Raises KeyReused when that is one of another request."""
+    if job.idempotency_key is None:
+        return None
+    for earlier in await run(db, _EARLIER, tenant=job.tenant, key=job.idempotency_key):
+        if earlier.fingerprint != _print_of(job):
+            raise KeyReused(f"the idempotency key was used for another request: job {earlier.id}; take a new key for a new request")
+        return Submitted(earlier.id, replayed=True)
+    return None
+
+
+def _print_of(job: NewJob) -> str:
+    return _fingerprint([job.request.to_json(), job.chain, job.lane, job.metadata])
 
 
 async def _publish(db: AsyncEngine, publish: Publish, job_id: UUID) -> None:
@@ -156,13 +196,13 @@ async def open_batch(
     Raises UsageError when the name cannot be one, or belongs to another file, template or chain.
     """
     if not 1 <= len(name) <= 200 or not name.isprintable():
-        raise UsageError("the name of a batch has 1 to 200 printable characters: choose another --batch name")
+        raise UsageError("the name of a batch has 1 to 200 printable characters: choose another name for the batch")
     print_ = _fingerprint(fingerprint)
     as_json: dict[str, Any] = {"columns": json.dumps(columns), "fields": json.dumps(list(fields))}
     await run(db, _OPEN_BATCH, id=new_id(), tenant=tenant, name=name, fingerprint=print_, **as_json)
     (row,) = await run(db, _BATCH, tenant=tenant, name=name)
     if row.fingerprint != print_:
-        raise UsageError(f"batch {name!r} exists and was made from another file, template or chain: choose another --batch name")
+        raise UsageError(f"batch {name!r} exists and was made from another file, template, chain or parameters: choose another name for it")
     return Batch(row.id, name, resumed=row.total > 0, complete=row.state != "loading")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -46,6 +46,23 @@ class _Wait:
     def __init__(self, job_ids: Collection[UUID]) -> None:
         self.pending = set(job_ids)
         self.over = asyncio.Event()
+
+    def over_with(self, job_id: UUID) -> None:
+        self.pending.discard(job_id)
+        if not self.pending:
+            self.over.set()
+
+
+class _Each(_Wait):
+    def __init__(self, job_ids: Collection[UUID]) -> None:
+        super().__init__(job_ids)
+        self.ended: set[UUID] = set()
+        self.some = asyncio.Event()
+
+    def over_with(self, job_id: UUID) -> None:
+        self.pending.discard(job_id)
+        self.ended.add(job_id)
+        self.some.set()
 
 
 class Endings:
@@ -87,6 +104,27 @@ class Endings:
             self._forget(wait)
         return wait.pending
 
+    async def each(self, job_ids: Collection[UUID], timeout_s: float) -> AsyncGenerator[set[UUID], None]:
+        """Those that have ended, as soon as there are some, until all have or `timeout_s` is over. One wait, however many they are.
+
+        The database is asked once in any case; what it raises then is raised here.
+        """
+        wait, until = _Each(job_ids), asyncio.get_running_loop().time() + timeout_s
+        self._register(wait)
+        try:
+            self._ended(await self._first_looks.ask(frozenset(job_ids)))
+            while wait.pending or wait.ended:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        await wait.some.wait()
+                if not wait.ended:
+                    return
+                some, wait.ended = wait.ended, set()
+                wait.some.clear()
+                yield some
+        finally:
+            self._forget(wait)
+
     def _register(self, wait: _Wait) -> None:
         for job_id in wait.pending:
             self._waits[job_id].add(wait)
@@ -103,9 +141,7 @@ class Endings:
     def _ended(self, job_ids: Iterable[UUID]) -> None:
         for job_id in job_ids:
             for wait in self._waits.pop(job_id, ()):
-                wait.pending.discard(job_id)
-                if not wait.pending:
-                    wait.over.set()
+                wait.over_with(job_id)
 
     async def _look(self, asked: Sequence[Collection[UUID]]) -> list[set[UUID]]:
         ended = await self._ended_among({job_id for job_ids in asked for job_id in job_ids})

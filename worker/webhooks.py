@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import ipaddress
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.database import run
+from worker.database import STATEMENT_S, promptly, run
 from worker.errors import NotFound, UsageError
 from worker.job import new_id
 
@@ -62,8 +62,15 @@ class Delivery:
     error_code: str | None
 
 
+class TooMany(UsageError):
+    """The tenant has MOST webhooks."""
+
+
 _COLUMNS = "id, tenant, url, events, created_at, failing_since, disabled_at"
 _OWN = "(CAST(:tenant AS text) IS NULL OR tenant = :tenant)"
+
+# Two who create go one after the other, so that the second counts what the first has made.
+_SERIALIZE = text("SELECT pg_advisory_xact_lock(hashtextextended(CAST(:tenant AS text), 2))")
 
 _CREATE = text(f"""
 INSERT INTO webhooks (id, tenant, url, events, secret)
@@ -82,10 +89,19 @@ async def create(db: AsyncEngine, *, tenant: str, url: str, events: Collection[E
         raise UsageError(f"events: name one at least of {', '.join(EVENTS)}")
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
     chosen = [event for event in EVENTS if event in events]
-    created = await run(db, _CREATE, id=new_id(), tenant=tenant, url=url, events=chosen, secret=secret)
+    values = {"id": new_id(), "tenant": tenant, "url": url, "events": chosen, "secret": secret}
+    created = await promptly(_created(db, values), STATEMENT_S)
     if not created:
-        raise UsageError(f"there are {MOST} webhooks already, more cannot be had: delete one first")
+        raise TooMany(f"there are {MOST} webhooks already, more cannot be had: delete one first")
     return NewWebhook(secret, Webhook(**created[0]._mapping))
+
+
+async def _created(db: AsyncEngine, values: Mapping[str, Any]) -> list[Any]:
+    async with db.connect() as connection:
+        await connection.execution_options(isolation_level="READ COMMITTED")  # each statement sees what was committed before it
+        async with connection.begin():
+            await connection.execute(_SERIALIZE, {"tenant": values["tenant"]})
+            return list(await connection.execute(_CREATE, dict(values)))
 
 
 _LIST = text(f"SELECT {_COLUMNS} FROM webhooks WHERE {_OWN} ORDER BY id DESC")

@@ -154,7 +154,11 @@ def test_bad_lines_are_skipped_when_asked_for(stage, config, asked):
     done = got(stage, batch)
     assert (done["status"], done["errors"], done["request_counts"]) == ("completed", None, {"total": 2, "completed": 1, "failed": 1})
     (error,) = stage.client.get(f"/v1/files/{done['error_file_id']}/content").text.splitlines()
-    assert (json.loads(error)["custom_id"], json.loads(error)["error"]["code"]) == ("2", "unusable_row")
+    assert (json.loads(error)["custom_id"], json.loads(error)["error"]["code"], json.loads(error)["error"]["line"]) == (
+        None,
+        "unusable_row",
+        2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -308,3 +312,30 @@ def test_a_key_that_may_only_read_starts_and_cancels_nothing(stage):
     assert post(stage, file_id).status_code == 403
     assert stage.client.post(f"/v1/batches/{batch['id']}/cancel").status_code == 403
     assert got(stage, batch)["status"] == "validating"
+
+
+def test_with_too_many_unfinished_batches_a_new_one_is_refused_and_not_sent_again(stage):
+    file_id = uploaded(stage, lines("T-1"))
+    stage.sql(
+        """WITH b AS (INSERT INTO batches (id, tenant, name, state, fingerprint)
+               SELECT gen_random_uuid(), 'default', 'b' || n, 'loading', '' FROM generate_series(1, :n) n RETURNING id)
+           INSERT INTO file_batches (batch_id, tenant, state, input_file_id, completion_window, fingerprint, expires_at)
+           SELECT id, 'default', 'validating', id, '24h', '', now() + interval '1 day' FROM b""",
+        n=file_batches.MOST_UNFINISHED,
+    )
+    response = post(stage, file_id)
+    assert refused(response, 429, "wait for some")["code"] == "too_many_batches"
+    assert (response.headers["x-should-retry"], response.headers["Retry-After"]) == ("false", "60")
+    assert post(stage, uploaded(stage, lines("T-1"), stage.key("other")), stage.key("other")).status_code == 200
+
+
+def test_a_job_of_a_batch_that_is_over_is_not_queued_again(stage, config):
+    batch = started(stage)
+    tended(stage, config)
+    settled(stage, batch, T_1="succeeded", T_2="failed")
+    tended(stage, config)
+    (failed,) = stage.client.get("/v1/jobs", params={"state": "failed"}).json()["data"]
+    response = stage.client.post(f"/v1/jobs/{failed['id']}/requeue")
+    assert (response.status_code, response.headers["Content-Type"]) == (409, "application/problem+json")
+    assert f"{batch['id']} is completed" in response.json()["detail"]
+    assert got(stage, batch)["status"] == "completed"

@@ -1,5 +1,7 @@
 """Files over HTTP: what is uploaded comes back as it was, in OpenAI's words, and what breaks off leaves nothing."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -291,3 +293,39 @@ def test_a_key_that_may_only_read_uploads_and_deletes_nothing(stage):
     assert upload(stage).status_code == 403
     assert stage.client.delete(f"/v1/files/{file['id']}").status_code == 403
     assert stage.client.get(f"/v1/files/{file['id']}").status_code == 200
+
+
+def allowing(stage, most):
+    stage.client.app.state.parts = replace(stage.client.app.state.parts, max_files_bytes=most)
+
+
+def test_a_tenants_files_have_so_many_bytes_at_most(stage):
+    allowing(stage, 2 * len(LINE))
+    first, _ = uploaded(stage), uploaded(stage)
+    response = upload(stage)
+    refused(response, 400, "delete some first")
+    assert response.json()["error"]["code"] == "storage_limit_exceeded"
+    assert len(stage.sql("SELECT FROM files")) == 2
+    uploaded(stage, headers=stage.key("other"))
+    stage.client.delete(f"/v1/files/{first['id']}")
+    uploaded(stage)
+
+
+def test_what_is_uploaded_at_the_same_time_counts(stage):
+    allowing(stage, 2 * len(LINE))
+    stage.sql(
+        """INSERT INTO files (id, tenant, purpose, filename, state, bytes)
+           VALUES (gen_random_uuid(), 'default', 'batch', '', 'uploading', :n)""",
+        n=len(LINE) + 1,
+    )
+    refused(upload(stage), 400, "delete some first")
+
+
+def test_with_no_room_left_nothing_is_read(stage):
+    allowing(stage, len(LINE) - 1)
+    stage.sql(
+        """INSERT INTO files (id, tenant, purpose, filename, state, bytes)
+           VALUES (gen_random_uuid(), 'default', 'batch_output', '', 'ready', :n)""",
+        n=len(LINE),
+    )
+    refused(post(stage, b"no form at all"), 400, "delete some first")

@@ -9,6 +9,15 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis import Redis
+from stage import play
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from worker import keys
+from worker.dispatch import queue_name
+from worker.job import Lane
+from worker.settings import Settings
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -55,6 +64,13 @@ def test_waiting_for_an_unfinished_job_gives_it_as_it_stands(stage):
     response = stage.client.get(f"/v1/jobs/{job_id}", params={"wait": 0.01})
     assert (response.status_code, response.json()["state"]) == (200, "queued")
     assert response.headers["Retry-After"] == "1"
+
+
+def test_nobody_waits_longer_than_the_bound_however_much_is_asked_for(stage, monkeypatch):
+    monkeypatch.setattr("api.jobs.MAX_WAIT_S", 0.01)  # else the test's own time is over first
+    path = f"/v1/jobs/{stage.submit()['id']}"
+    assert stage.client.get(path, params={"wait": 3600}).json()["state"] == "queued"
+    assert stage.client.post("/v1/jobs", params={"wait": 1e300}, json=HELLO).status_code == 202
 
 
 @pytest.mark.parametrize("asked", [{"params": {"wait": 20}}, {"headers": {"Prefer": "foo, wait=20"}}])
@@ -228,6 +244,34 @@ def test_a_full_queue_takes_no_interactive_job_of_that_tenant_until_it_is_shorte
     stage.succeed(first[1])
     assert stage.submit()["state"] == "queued"
     assert stage.client.post("/v1/jobs", json=HELLO).status_code == 429
+
+
+def test_a_job_of_then_is_given_back_also_when_the_queue_is_full(stage, monkeypatch):
+    key = {"Idempotency-Key": "k"}
+    first = stage.client.post("/v1/jobs", json=HELLO, headers=key)
+    monkeypatch.setattr(stage.client.app.state.parts.admission, "_max_queued", 1)
+    monkeypatch.setattr("api.admission.LOOK_S", 0)
+    again = stage.client.post("/v1/jobs", json=HELLO, headers=key)
+    assert (again.status_code, again.headers["Idempotent-Replayed"], again.json()["id"]) == (202, "true", first.json()["id"])
+    assert stage.client.post("/v1/jobs", json=HELLO | {"max_tokens": 1}, headers=key).status_code == 422
+    assert stage.client.post("/v1/jobs", json=HELLO, headers={"Idempotency-Key": "new"}).status_code == 429
+
+
+def test_workers_are_woken_over_the_redis_of_the_settings_that_were_given(database_url, redis_url, tmp_path, monkeypatch):
+    for name in ("DATABASE_URL", "REDIS_URL", "BACKSTOP_DATABASE_URL", "BACKSTOP_REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "backstop.toml"
+    file.write_text('[providers.a]\nbase_url = "http://127.0.0.1:1"\nmodel = "m-a"\n[chains.default]\nproviders = ["a"]\n')
+    chosen = Settings(database_url=database_url, redis_url=redis_url, config=file, data=tmp_path)
+
+    async def key(db):
+        headers["Authorization"] = f"Bearer {(await keys.create(db, name='test')).secret}"
+
+    headers: dict[str, str] = {}
+    play(database_url, key)
+    with TestClient(create_app(chosen)) as client, Redis.from_url(redis_url) as redis:
+        assert client.post("/v1/jobs", json=HELLO, headers=headers).status_code == 202
+        assert redis.llen(queue_name(Lane.INTERACTIVE)) == 1
 
 
 def test_the_list_is_paged_by_cursor_and_by_link(stage):

@@ -110,3 +110,38 @@ def test_a_scope_that_this_version_does_not_know_allows_nothing_and_breaks_nothi
 def test_the_scheme_is_read_in_any_case(stage):
     secret = stage.key()["Authorization"].removeprefix("Bearer ")
     assert stage.client.get("/v1/jobs", headers={"Authorization": f"bEARER   {secret} "}).status_code == 200
+
+
+def test_a_key_that_works_counts_for_nothing_under_another_scheme(stage):
+    secret = stage.key()["Authorization"].removeprefix("Bearer ")
+    for authorization in (f"Basic {secret}", f"Token {secret}", secret):
+        response = stage.client.get("/v1/jobs", headers={"Authorization": authorization})
+        assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD", "PUT", "PATCH", "TRACE", "BREW"])
+def test_without_a_key_no_method_tells_what_there_is(stage, method):
+    for path in ("/v1/jobs", "/v1/jobs/x/cancel", "/v1/files", "/v1/nothing/of/that/kind", "/v1/%2e%2e/livez"):
+        response = stage.client.request(method, path, headers={"Authorization": ""})
+        assert (response.status_code, response.headers.get("Allow")) == (401, None), path
+
+
+SPELLINGS = ["//v1/jobs", "/V1/jobs", "/./v1/jobs", "/x/../v1/jobs", "/%2fv1/jobs", "/v1%2fjobs", "/v1;x/jobs", "/%76%31/jobs", "/v1/jobs/"]
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS)
+def test_no_spelling_of_a_path_leads_past_the_key(stage, spelled):
+    job_id = stage.submit()["id"]
+    response = stage.client.get(f"http://testserver{spelled}", headers={"Authorization": ""})
+    assert response.status_code in (401, 404)
+    assert job_id not in response.text
+
+
+def test_each_route_of_a_job_needs_the_scope_of_what_it_does(stage):
+    path = f"/v1/jobs/{stage.submit()['id']}"
+    own = {scope: stage.key(scopes=[keys.Scope(scope)]) for scope in SCOPES}
+    stage.client.post(f"{path}/cancel")  # so that its events end
+    needs = {"calls": ("GET", "read"), "events": ("GET", "read"), "cancel": ("POST", "submit"), "requeue": ("POST", "submit")}
+    for what, (method, needed) in needs.items():
+        answers = {scope: stage.client.request(method, f"{path}/{what}", headers=headers) for scope, headers in own.items()}
+        assert [scope for scope, response in answers.items() if response.status_code != 403] == [needed], what

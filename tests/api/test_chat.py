@@ -199,6 +199,7 @@ def test_the_same_key_joins_the_earlier_job_and_it_is_paid_once(stage):
     assert len(stage.published) == 1
     other = ask(stage, key, temperature=1)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert other.headers["x-should-retry"] == "false"
     assert ask(stage, {"Idempotency-Key": "a b"}).json()["error"]["param"] == "idempotency-key"
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
 from fastapi import HTTPException
 from redis.asyncio import Redis
 
@@ -113,3 +114,46 @@ def test_a_key_without_a_limit_costs_no_round_trip(redis_url):
         assert "cmdstat_eval" in await redis.info("commandstats")
 
     with_redis(redis_url, story)
+
+
+def test_what_was_refused_does_not_count(redis_url):
+    async def story(redis: Redis) -> None:
+        await redis.set("k", str(await in_a_minute(redis)).encode())
+        before = await redis.get("k")
+        for _ in range(5):
+            left, wait_ms = await drawn(redis, "k", 6)
+            assert (left, wait_ms > 0) == (0, True)
+        assert await redis.get("k") == before
+
+    with_redis(redis_url, story)
+
+
+def test_a_wait_of_less_than_a_second_is_told_as_one(redis_url):
+    async def story(redis: Redis) -> None:
+        caller = Caller(new_id(), "default", "ci", rpm=120)
+        await redis.set(f"backstop:rate:{caller.key_id}", str(await in_a_minute(redis) + 300_000).encode())
+        with pytest.raises(HTTPException) as refused:
+            await rate.Meter().counted(redis, caller, send)
+        assert refused.value.headers["Retry-After"] == "1"
+
+    with_redis(redis_url, story)
+
+
+async def in_a_minute(redis: Redis) -> int:
+    """When all of a minute's requests are used now: microseconds of Redis."""
+    seconds, micros = await redis.time()
+    return (seconds + 60) * 1_000_000 + micros
+
+
+def test_a_redis_that_keeps_silent_holds_up_nobody():
+    async def story() -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with asyncio.timeout(30), Redis(host="127.0.0.1", port=port) as redis:
+                assert await rate.Meter().counted(redis, Caller(new_id(), "default", "ci", rpm=1), send) is send
+
+    asyncio.run(story())

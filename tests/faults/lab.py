@@ -37,7 +37,7 @@ from sqlalchemy.exc import DBAPIError
 from vendors import SCRIPT, configuration
 
 from worker import database, keys
-from worker.app import DELIVERY, TASK
+from worker.app import DELIVERY
 from worker.dispatch import queue_name
 from worker.job import ChatRequest, Lane, new_id
 from worker.loop import cancel_surely
@@ -45,6 +45,7 @@ from worker.simulator.bill import Bill
 from worker.simulator.script import parse
 from worker.simulator.server import Simulator
 from worker.submit import Batch, NewJob, Row, add_rows, close_batch, open_batch, submit
+from worker.transport import TASK
 
 # Short times and small packs: a death is noticed in 3 s, and a kill meets many messages.
 TIMES = {

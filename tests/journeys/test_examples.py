@@ -1,8 +1,10 @@
 """Every example does what it says, against real workers, a real API and simulated vendors."""
 
+import ast
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from standardwebhooks.webhooks import Webhook
 from test_fleet import LONG_S, Fleet, environment, fleet, until  # noqa: F401 - the fixture
+
+from worker.following import Enqueuing
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -79,10 +84,33 @@ def test_async_producer(fleet: Fleet) -> None:  # noqa: F811
     assert [line.split(":")[0] for line in lines] == ["succeeded", "succeeded"]
 
 
+def snippets() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", (EXAMPLES.parent / "docs" / "api.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_snippets_compile_and_name_what_there_is() -> None:
+    trees = [ast.parse(snippet) for snippet in snippets()]
+    named = [
+        node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and str(node.module).startswith("worker.")
+    ]
+    for node in named:
+        assert all(hasattr(import_module(str(node.module)), alias.name) for alias in node.names)
+    assert len(named) == 3
+    for call in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) == "backstop.enqueue":
+            assert {one.arg for one in call.keywords} <= set(Enqueuing.__annotations__)
+
+
 def test_curl(api: dict[str, str]) -> None:
-    waited, calls, at_once = map(json.loads, said(["sh", str(EXAMPLES / "curl.sh")], api))
+    lines = said(["sh", str(EXAMPLES / "curl.sh")], api)
+    waited, calls, at_once, *results = [json.loads(line) for line in lines if line.startswith(("{", "["))]
     assert (waited["state"], at_once["state"]) == ("succeeded", "succeeded")
-    assert calls
+    assert calls["data"]
+    assert "event: succeeded" in lines
+    (event,) = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert event["id"] == waited["id"]
+    assert {(row["custom_id"], row["state"]) for row in results} == {(f"t-{n}", "succeeded") for n in (1, 2, 3)}
+    assert all(row["cursor"] for row in results)
 
 
 def test_openai_sdk(api: dict[str, str]) -> None:

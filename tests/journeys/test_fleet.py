@@ -21,7 +21,6 @@ from redis import Redis
 from sqlalchemy import text
 from stage import own_database
 
-from worker.app import TASK
 from worker.dispatch import queue_name
 from worker.embedded.servers import Endpoints
 from worker.intervene import cancel
@@ -31,6 +30,7 @@ from worker.settings import Settings
 from worker.simulator import script
 from worker.simulator.server import Simulator
 from worker.submit import NewJob, Row, add_rows, close_batch, open_batch, submit
+from worker.transport import TASK
 from worker.waiting import Endings
 from worker.wiring import Connections, connections
 
