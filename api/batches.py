@@ -7,7 +7,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Response
@@ -19,8 +19,9 @@ from api.auth import Reads
 from api.examples import BATCH_EVENTS, RESULT_LINE
 from api.parts import Opened
 from api.problems import KnownParameters, documented
-from api.schemas import ResultLine
+from api.schemas import BatchOut, ResultLine
 from api.spelling import Spelled
+from api.streams import documented_events, documented_lines
 from worker import reads
 from worker.errors import NotFound
 from worker.export import ExportRow
@@ -34,8 +35,6 @@ _MOST_MISSING = 1_000_000  # of 8 bytes
 _NAMED = 10
 
 _Cursor = Spelled(r"^[0-9]{1,18}(\.[0-9]{1,18}){0,10}$", "the `cursor` of a line that was read, or 0")
-_LINES = {"application/x-ndjson": {"schema": {"type": "string"}, "example": RESULT_LINE}}
-_RESULTS: dict[int | str, dict[str, Any]] = {200: {"description": "Lines of JSON, see the schema `ResultLine`", "content": _LINES}}
 
 router = APIRouter(prefix="/v1", tags=["batches"], responses=documented(401, 403, 404, 422, 503), dependencies=[KnownParameters])
 
@@ -73,7 +72,7 @@ class Sent:
             self.missing.append(ordinal)
 
 
-@router.get("/batches/{name_or_id}/results", response_class=StreamingResponse, responses=_RESULTS)
+@router.get("/batches/{name_or_id}/results", response_class=StreamingResponse, responses=documented_lines(ResultLine, RESULT_LINE))
 async def batch_results(
     name_or_id: str,
     caller: Reads,
@@ -93,7 +92,7 @@ async def batch_results(
 @router.get(
     "/batches/{name_or_id}/events",
     response_class=StreamingResponse,
-    responses=follow.documented_events(BATCH_EVENTS),
+    responses=documented_events(BATCH_EVENTS, BatchOut),
 )
 async def batch_events(
     name_or_id: str,

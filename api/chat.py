@@ -39,7 +39,7 @@ from worker.views import JobView
 
 MAX_WAIT_S = 600.0  # how long the SDK waits unless it is told otherwise
 
-_Word = Annotated[str, NoNul, Field(max_length=512)]
+_Word = Annotated[str, Field(max_length=512), NoNul]
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -102,7 +102,7 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatOut,
         "description": "The answer; with `stream` as server-sent events",
-        "content": {"text/event-stream": {}},
+        "content": {"text/event-stream": {"example": "".join(events(_COMPLETION, usage=False))}},
         "headers": {name: {"description": said, "schema": {"type": "string"}} for name, said in _HEADERS.items()},
     },
     **documented_openai(400, 401, 403, 404, 409, 413, 429, 500, 503, 504),

@@ -1,4 +1,4 @@
-"""One job, its batch and what they cost, as the OpenAPI document shows them."""
+"""One job, its batch, what they cost and who is told, as the OpenAPI document shows them."""
 
 from __future__ import annotations
 
@@ -107,6 +107,68 @@ COST: dict[str, Any] = {
     "estimated_calls": 0,
     "estimated_usd": "0",
 }
+
+WEBHOOK: dict[str, Any] = {
+    "id": "0193e5c8-a0b1-7c2d-8e3f-4a5b6c7d8e9f",
+    "url": "https://example.com/backstop",
+    "events": ["job.failed", "batch.finished"],
+    "created_at": "2026-03-01T09:00:00.000000Z",
+    "failing_since": None,
+    "disabled_at": None,
+}
+NEW_WEBHOOK: dict[str, Any] = {**WEBHOOK, "secret": "whsec_" + "A" * 43 + "="}
+DELIVERY: dict[str, Any] = {
+    "id": "0193e5c8-f4d2-7a1b-9c3d-5e6f7a8b9c0d",
+    "event": "batch.finished",
+    "subject_id": _BATCH_ID,
+    "state": "delivered",
+    "attempts": 1,
+    "created_at": "2026-03-01T09:41:12.400000Z",
+    "run_at": "2026-03-01T09:41:12.900000Z",
+    "ended_at": "2026-03-01T09:41:12.900000Z",
+    "http_status": 204,
+    "error_code": None,
+}
+FILE: dict[str, Any] = {
+    "id": "file-0193e5c8f0a67c9a8d0f6a1b2c3d4e5f",
+    "object": "file",
+    "bytes": 104_300,
+    "created_at": 1_772_357_398,
+    "filename": "tickets.jsonl",
+    "purpose": "batch",
+    "status": "processed",
+    "expires_at": 1_774_949_398,
+}
+REQUEST_LINE: dict[str, Any] = {
+    "custom_id": "T-1",
+    "method": "POST",
+    "url": "/v1/chat/completions",
+    "body": {"model": "default", "messages": [{"role": "user", "content": "Hello"}]},
+}
+_PAST = {"created_at": 1_772_357_400, "in_progress_at": 1_772_357_402, "expires_at": 1_772_443_800, "finalizing_at": 1_772_358_071}
+_FUTURE = dict.fromkeys(("failed_at", "expired_at", "cancelling_at", "cancelled_at"))
+FILE_BATCH: dict[str, Any] = {
+    "id": "batch_0193e5c8ee117b029c412f3e4d5c6b7a",
+    "object": "batch",
+    "endpoint": "/v1/chat/completions",
+    "errors": None,
+    "input_file_id": FILE["id"],
+    "completion_window": "24h",
+    "status": "completed",
+    "output_file_id": "file-0193e5d11c0a7e55b7a30c1d2e3f4a5b",
+    "error_file_id": None,
+    **_PAST,
+    "completed_at": 1_772_358_072,
+    **_FUTURE,
+    "request_counts": {"total": 100, "completed": 100, "failed": 0},
+    "usage": {"input_tokens": 9_744, "output_tokens": 2_130, "total_tokens": 11_874},
+    "metadata": {"night": "monday"},
+}
+
+
+def page_of(item: dict[str, Any]) -> dict[str, Any]:
+    """As OpenAI lists things."""
+    return {"object": "list", "data": [item], "first_id": item["id"], "last_id": item["id"], "has_more": False}
 
 
 def _event(name: str, event_id: str, data: dict[str, Any]) -> str:

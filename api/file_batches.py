@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from api import examples
 from api.auth import Reads, Submits
 from api.files import ExpiresAfter, known_file
 from api.openai_errors import FINAL, OpenAIError, documented_openai
@@ -24,8 +25,8 @@ AGAIN_S = "60"
 _UNITS_S = {"m": 60, "h": 3_600, "d": 86_400}
 BAD_LINES = "backstop-bad-lines"
 
-_Key = Annotated[str, NoNul, Field(max_length=64)]
-_Value = Annotated[str, NoNul, Field(max_length=512)]
+_Key = Annotated[str, Field(max_length=64), NoNul]
+_Value = Annotated[str, Field(max_length=512), NoNul]
 _SEVEN_DAYS = "^([1-7]d|([1-9][0-9]?|1[0-5][0-9]|16[0-8])h|([1-9][0-9]{0,3}|100[0-7][0-9]|10080)m)$"
 _Window = Spelled(_SEVEN_DAYS, "minutes, hours or days, 7 days at most: 30m, 24h, 7d")
 _After = Spelled("^(batch_[0-9a-f]{32})?$", "the id of a batch")
@@ -86,6 +87,8 @@ class RequestCounts(BaseModel):
 class BatchOut(BaseModel):
     """OpenAI's batch object; times are Unix seconds."""
 
+    model_config = ConfigDict(json_schema_extra={"example": examples.FILE_BATCH})
+
     id: str
     object: Literal["batch"] = "batch"
     endpoint: Literal["/v1/chat/completions"] = "/v1/chat/completions"
@@ -134,6 +137,8 @@ def _unix(moment: datetime | None) -> int | None:
 
 
 class BatchList(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": examples.page_of(examples.FILE_BATCH)})
+
     object: Literal["list"] = "list"
     data: list[BatchOut]
     first_id: str | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
+from api import examples
 from api.auth import Reads, Submits
 from api.envelope import MAX_FILE_BYTES
 from api.form import FileForm
@@ -45,6 +47,8 @@ class _Fields(BaseModel):
 class FileOut(BaseModel):
     """OpenAI's file object; times are Unix seconds."""
 
+    model_config = ConfigDict(json_schema_extra={"example": examples.FILE})
+
     id: str
     object: Literal["file"] = "file"
     bytes: int
@@ -67,6 +71,8 @@ class FileOut(BaseModel):
 
 
 class FileList(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": examples.page_of(examples.FILE)})
+
     object: Literal["list"] = "list"
     data: list[FileOut]
     first_id: str | None
@@ -75,6 +81,8 @@ class FileList(BaseModel):
 
 
 class DeletedOut(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": {"id": examples.FILE["id"], "object": "file", "deleted": True}})
+
     id: str
     object: Literal["file"] = "file"
     deleted: Literal[True] = True
@@ -94,7 +102,8 @@ _FORM = {
                     "expires_after[anchor]": {"type": "string", "enum": ["created_at"], "description": "With seconds, or neither."},
                     "expires_after[seconds]": {"type": "integer", "minimum": 3_600, "maximum": 2_592_000},
                 },
-            }
+            },
+            "example": {"file": json.dumps(examples.REQUEST_LINE) + "\n", "purpose": "batch"},
         }
     },
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 from fastapi import Response
@@ -27,14 +26,6 @@ BEAT_S = 15.0  # proxies hang up after 60 s of silence, some after 30
 
 JobEventId = Spelled(r"^([0-9]{1,18}\.(queued|running|succeeded|failed|cancelled|expired))?$", "the id of an event of this job")
 BatchEventId = Spelled(r"^((loading|open|finished)(\.[0-9]{1,18}){5})?$", "the id of an event of this batch")
-
-_STREAM: dict[str, Any] = {"schema": {}}  # of events, and no JSON
-
-
-def documented_events(example: str) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of a stream of events."""
-    stream = {"description": "The events", "content": {"text/event-stream": {**_STREAM, "example": example}}}
-    return {200: stream, 204: {"description": "`Last-Event-ID` was the last one there is: do not ask again."}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

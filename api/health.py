@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -18,16 +19,18 @@ from worker.errors import Unreachable
 
 _LIMIT_S = 1.0
 
+_OK: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {"example": {"status": "ok"}}}}}
+
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez")
+@router.get("/livez", responses=_OK)
 async def livez() -> dict[str, str]:
     """This process serves requests."""
     return {"status": "ok"}
 
 
-@router.get("/readyz", response_model=dict[str, str], responses=documented(503))
+@router.get("/readyz", response_model=dict[str, str], responses={**_OK, **documented(503)})
 async def readyz(request: Request, parts: Opened) -> Response:
     """Postgres has the schema this code needs and Redis answers, each within a second; else 503 with the reasons."""
     checks = await asyncio.gather(_postgres(parts.db.url), _redis(parts.redis))

@@ -16,8 +16,9 @@ from api.batches import known_batch
 from api.examples import JOB_EVENTS
 from api.parts import Opened, Parts
 from api.problems import KnownParameters, documented
-from api.schemas import CallList, CallOut, JobIn, JobOut, JobPage
+from api.schemas import CallList, CallOut, JobIn, JobOut, JobPage, JobProgress
 from api.spelling import IdempotencyKey, NoNul, Span
+from api.streams import documented_events
 from worker import intervene, reads, waiting
 from worker.batchlines import chat_request
 from worker.errors import NotFound, UsageError
@@ -32,7 +33,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"], responses=documented(401, 403, 4
 
 Wait = Annotated[float, Query(ge=0, allow_inf_nan=False, description="Seconds to wait for its end, 60 at most.")]
 Prefer = Annotated[str, Header(description="`wait=N` in seconds, or `respond-async`, as in RFC 7240.")]
-_Word = Annotated[Annotated[str, NoNul, Field(max_length=512)] | None, Field()]
+_Word = Annotated[Annotated[str, Field(max_length=512), NoNul] | None, Field()]
 
 _WAITED: dict[int | str, dict[str, Any]] = {200: {"model": JobOut, "description": "It was waited for, and has ended"}}
 _STOPPING: dict[int | str, dict[str, Any]] = {202: {"model": JobOut, "description": "It runs, and is stopped unless it succeeds first"}}
@@ -143,7 +144,9 @@ async def get_job(job_id: str, response: Response, caller: Reads, parts: Opened,
 
 
 @router.get(
-    "/jobs/{job_id}/events", response_class=StreamingResponse, responses={**follow.documented_events(JOB_EVENTS), **documented(404)}
+    "/jobs/{job_id}/events",
+    response_class=StreamingResponse,
+    responses={**documented_events(JOB_EVENTS, JobProgress, JobOut), **documented(404)},
 )
 async def job_events(
     job_id: str,

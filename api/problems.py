@@ -21,8 +21,6 @@ from worker.errors import BackstopError, NotFound, Unreachable, Unreadable
 
 MEDIA_TYPE = "application/problem+json"
 
-_UNPARSED = "There was an error parsing the body"  # FastAPI's words for bytes that are no UTF-8
-
 _log = structlog.get_logger()
 
 
@@ -106,9 +104,25 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = ", ".join(_methods(request))
         return problem(request, 405, f"{request.method[:20]} is not for this path; use {allowed}", headers={"Allow": allowed})
-    if detail == _UNPARSED:
-        detail = "body: expected JSON in UTF-8"
+    if error.status_code == HTTPStatus.BAD_REQUEST:  # FastAPI's own, of a body that cannot be read
+        detail = _unread(error.__cause__)
     return problem(request, error.status_code, detail, headers=error.headers)
+
+
+def _unread(cause: BaseException | None) -> str:
+    """Why a body is no JSON that can be read, in words that show nothing of it."""
+    match cause:
+        case json.JSONDecodeError():
+            why = f"{cause.msg.rstrip(': ').removesuffix(' at')} at line {cause.lineno}, column {cause.colno}"
+        case UnicodeDecodeError():
+            why = f"byte {cause.start + 1} is no {cause.encoding.upper()}"
+        case RecursionError():
+            why = "nested too deeply"
+        case ValueError():
+            why = "a number of too many digits"
+        case _:
+            why = "it breaks off"
+    return f"body: expected JSON: {why}"
 
 
 def _methods(request: Request) -> list[str]:
@@ -121,25 +135,24 @@ def _methods(request: Request) -> list[str]:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Only where and why: pydantic's `input` would send the prompt back, and into logs.
-    found = error.errors()[:20]
-    if found[0]["type"] == "json_invalid":
-        return problem(request, 400, f"body: expected JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][1] + 1}")
-    faults = [Fault(field=_place(fault["loc"]), message=_said(request, fault)) for fault in found]
+    if isinstance(error.__cause__, json.JSONDecodeError):
+        return problem(request, 400, _unread(error.__cause__))
+    faults = [Fault(field=_place(fault["loc"]), message=_said(error.body, fault)) for fault in error.errors()[:20]]
     detail = "; ".join(f"{fault.field}: {fault.message}" for fault in faults[:3])
     return problem(request, 422, detail, errors=faults)
 
 
 def _place(loc: Sequence[str | int]) -> str:
     """As `messages[0].content`, behind where it stands: body, query, path or header."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:200]
+    parts = [part for part in loc if part != "[key]"]  # so pydantic marks that of an entry its key is meant
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:200]
 
 
-def _said(request: Request, fault: Mapping[str, Any]) -> str:
+def _said(body: object, fault: Mapping[str, Any]) -> str:
     if tuple(fault["loc"]) != ("body",):
         return str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] != "missing" and "json" not in request.headers.get("content-type", ""):
-        return "send it with Content-Type: application/json"
-    return "expected a JSON object"
+    # FastAPI leaves what does not come as JSON as it is.
+    return "send it with Content-Type: application/json" if isinstance(body, bytes) else "expected a JSON object"
 
 
 async def _known_parameters(request: Request) -> None:

@@ -8,6 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from api import examples
 from api.auth import Operates
 from api.parts import Opened
 from api.problems import KnownParameters, documented
@@ -31,7 +32,7 @@ class WebhookIn(BaseModel):
 class WebhookOut(BaseModel):
     """`failing_since`: nothing has arrived there since then. `disabled_at`: nothing is sent, it said 410 or failed for five days."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.WEBHOOK})
 
     id: UUID
     url: str
@@ -42,17 +43,21 @@ class WebhookOut(BaseModel):
 
 
 class NewWebhookOut(WebhookOut):
+    model_config = ConfigDict(json_schema_extra={"example": examples.NEW_WEBHOOK})
+
     secret: str = Field(description="Signs what is sent, as standardwebhooks.com says. Shown only this once.")
 
 
 class WebhookList(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": {"data": [examples.WEBHOOK]}})
+
     data: list[WebhookOut]
 
 
 class DeliveryOut(BaseModel):
     """One event on its way. `subject_id` is of the job or the batch; `run_at` is when it is sent next, if it is pending."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, json_schema_extra={"example": examples.DELIVERY})
 
     id: UUID
     event: str
@@ -68,6 +73,8 @@ class DeliveryOut(BaseModel):
 
 class DeliveryPage(BaseModel):
     """Newest first. `next_cursor` asks for the page behind this one."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"data": [examples.DELIVERY], "has_more": False, "next_cursor": None}})
 
     data: list[DeliveryOut]
     has_more: bool
