@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
 from api.parts import Parts
+from api.paths import path_of
 from api.rate import Meter
 from worker import keys
 
@@ -26,7 +27,7 @@ class Doorkeeper:
         self._meter = Meter()
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and path_of(scope).startswith("/v1"):
             request = Request(scope)
             caller = request.state.caller = await _caller(request)
             send = await self._meter.counted(request.app.state.parts.redis, caller, send)

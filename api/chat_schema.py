@@ -77,6 +77,7 @@ PARAMETERS: Mapping[str, Any] = {
     "user": _a("string"),
     "safety_identifier": _a("string"),
     "prompt_cache_key": _a("string"),
+    "store": _a("boolean"),
     "n": {"enum": [1, None]},
     "top_k": _integer(0, 1_000_000),
     "min_p": _number(0, 1),

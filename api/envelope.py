@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.paths import path_of
 from api.problems import problem
 from worker.job import new_id
 
@@ -24,9 +25,8 @@ _log = structlog.get_logger()
 class Envelope:
     """Gives a request its id (the client's own if that is a plain one), bounds its body, masks what nobody handled."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,7 +36,7 @@ class Envelope:
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id().hex
         scope.setdefault("state", {})["request_id"] = request_id
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            await self._serve(scope, self._bounded(scope, receive), _signed(send, request_id))
+            await self._serve(scope, _bounded(scope, receive), _signed(send, request_id))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -57,20 +57,21 @@ class Envelope:
             answer = problem(Request(scope), 500, "something went wrong here; the log knows more under this request_id")
             await answer(scope, receive, send)
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        """Of a form with a file, what is no file is bounded like any other body."""
-        most = self._max_body_bytes + (MAX_FILE_BYTES if scope["path"] == "/v1/files" else 0)
-        size = 0
 
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > most:
-                raise HTTPException(413, f"a request may have {most} bytes at most")
-            return message
+def _bounded(scope: Scope, receive: Receive) -> Receive:
+    """Of a form with a file, what is no file is bounded like any other body."""
+    most = MAX_BODY_BYTES + (MAX_FILE_BYTES if path_of(scope) == "/v1/files" else 0)
+    size = 0
 
-        return bounded
+    async def bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > most:
+            raise HTTPException(413, f"a request may have {most} bytes at most")
+        return message
+
+    return bounded
 
 
 class BrokenOff(Exception):

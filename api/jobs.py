@@ -14,7 +14,9 @@ from api import follow
 from api.auth import Reads, Submits
 from api.batches import known_batch
 from api.examples import JOB_EVENTS
+from api.paging import cut_page
 from api.parts import Opened, Parts
+from api.paths import outer
 from api.problems import KnownParameters, documented
 from api.schemas import CallList, CallOut, JobIn, JobOut, JobPage, JobProgress
 from api.spelling import IdempotencyKey, NoNul, Span
@@ -42,6 +44,7 @@ _STOPPING: dict[int | str, dict[str, Any]] = {202: {"model": JobOut, "descriptio
 @router.post("/jobs", status_code=202, responses={**_WAITED, **documented(400, 413, 429)})
 async def submit_job(
     body: JobIn,
+    request: Request,
     response: Response,
     caller: Submits,
     parts: Opened,
@@ -69,7 +72,7 @@ async def submit_job(
     wait_s = _wait_s(response, prefer, wait)
     job = await _awaited(parts, submitted.job_id, caller.tenant, wait_s)
     response.status_code = 200 if wait_s and job.ended else 202
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Location"] = outer(request, f"/v1/jobs/{job.id}")
     if response.status_code == 202:
         response.headers["Retry-After"] = "1"
     if submitted.replayed:
@@ -112,7 +115,6 @@ async def list_jobs(
     which: Annotated[Wanted, Query()],
 ) -> JobPage:
     """Jobs, newest first. `cursor` is the `next_cursor` of the page before; `Link: rel="next"` says the same."""
-    limit = which.limit
     batch_id = (await known_batch(parts.db, which.batch, caller.tenant)).id if which.batch is not None else None
     found = await reads.jobs(
         parts.db,
@@ -122,13 +124,10 @@ async def list_jobs(
         lane=which.lane,
         custom_id=which.custom_id,
         before=which.cursor,
-        limit=limit + 1,
+        limit=which.limit + 1,
     )
-    page, has_more = found[:limit], len(found) > limit
-    next_cursor = str(page[-1].id) if has_more else None
-    if next_cursor is not None:
-        response.headers["Link"] = f'<{request.url.include_query_params(cursor=next_cursor)}>; rel="next"'
-    return JobPage(data=[JobOut.of(job) for job in page], has_more=has_more, next_cursor=next_cursor)
+    page, next_cursor = cut_page(request, response, found, which.limit)
+    return JobPage(data=[JobOut.of(job) for job in page], has_more=next_cursor is not None, next_cursor=next_cursor)
 
 
 @router.get("/jobs/{job_id}", responses=documented(404))
@@ -179,7 +178,7 @@ async def cancel_job(job_id: str, response: Response, caller: Submits, parts: Op
 
 
 @router.post("/jobs/{job_id}/requeue", status_code=202, responses=documented(404, 409))
-async def requeue_job(job_id: str, response: Response, caller: Submits, parts: Opened) -> JobOut:
+async def requeue_job(job_id: str, request: Request, response: Response, caller: Submits, parts: Opened) -> JobOut:
     """A job that ended without an answer is queued once more, with its full time. What its calls have cost stays spent.
 
     409: it has not ended, it was answered, it never was a request that could be sent, or the batch of a file it is in is over.
@@ -191,7 +190,7 @@ async def requeue_job(job_id: str, response: Response, caller: Submits, parts: O
         raise HTTPException(409, str(error)) from None
     if not requeued:
         raise HTTPException(409, f"the job is {job.state}: only one that ended without an answer, and can be sent, is queued again")
-    response.headers.update({"Location": f"/v1/jobs/{job.id}", "Retry-After": "1"})
+    response.headers.update({"Location": outer(request, f"/v1/jobs/{job.id}"), "Retry-After": "1"})
     return JobOut.of(await _job(parts, job_id, caller.tenant))
 
 

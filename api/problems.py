@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from api import openai_errors
+from api.paths import path_of
 from worker.errors import BackstopError, NotFound, Unreachable, Unreadable
 
 MEDIA_TYPE = "application/problem+json"
@@ -61,7 +62,7 @@ def problem(
     reasons: list[str] | None = None,
 ) -> Response:
     """The answer to a request that could not be served; on an OpenAI route in its envelope, where a 422 is a 400."""
-    if openai_errors.speaks_openai(request.url.path):
+    if openai_errors.speaks_openai(path_of(request.scope)):
         return _openai(status, detail, headers, errors)
     body = Problem(
         title=HTTPStatus(status).phrase,
@@ -128,7 +129,7 @@ def _unread(cause: BaseException | None) -> str:
 def _methods(request: Request) -> list[str]:
     """What can be done at this path; the router itself names the methods of the first route only."""
     templates: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
-    fitting = [methods for path, methods in templates.items() if compile_path(path)[0].match(request.url.path)]
+    fitting = [methods for path, methods in templates.items() if compile_path(path)[0].match(path_of(request.scope))]
     return sorted({method.upper() for methods in fitting for method in methods})
 
 

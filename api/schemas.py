@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from api import examples
 from api.chat_schema import described
+from worker.batchlines import LARGEST_METADATA
 from worker.export import ExportRow
 from worker.job import MAX_DEADLINE_S, Answer, JobState, Lane
 from worker.views import BatchView, CallView, JobView
@@ -31,12 +33,14 @@ class JobIn(BaseModel):
     chain: str = Field("default", max_length=200, description="A chain, a provider, or a provider's model.")
     lane: Lane = Lane.INTERACTIVE
     deadline_s: float = Field(120, strict=True, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="Seconds from now.")
-    metadata: dict[str, Any] | None = Field(None, description="Kept with the job, sent to nobody.")
+    metadata: dict[str, Any] | None = Field(None, description="Kept with the job, sent to nobody; 16 KiB of JSON at most.")
 
     @field_validator("metadata")
     @classmethod
     def _storable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         _check_storable(value)
+        if value and len(json.dumps(value)) > LARGEST_METADATA:
+            raise ValueError(f"is larger than {LARGEST_METADATA} characters of JSON")
         return value
 
     def chat_body(self) -> dict[str, Any]:
@@ -224,6 +228,8 @@ class ProviderOut(BaseModel):
     `requests_left` and `tokens_left`: of the configured limits, now; null when there is none. `rate_multiplier`: 1, or
     what congestion has left of the configured rates.
     """
+
+    model_config = ConfigDict(json_schema_extra={"example": examples.PROVIDER})
 
     name: str
     model: str

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api import examples
 from api.auth import Operates
+from api.paging import cut_page
 from api.parts import Opened
+from api.paths import outer
 from api.problems import KnownParameters, documented
 from api.schemas import Moment
 from worker import reads, webhooks
@@ -82,13 +84,13 @@ class DeliveryPage(BaseModel):
 
 
 @router.post("/webhooks", status_code=201, responses=documented(400, 409, 413))
-async def create_webhook(body: WebhookIn, response: Response, caller: Operates, parts: Opened) -> NewWebhookOut:
+async def create_webhook(body: WebhookIn, request: Request, response: Response, caller: Operates, parts: Opened) -> NewWebhookOut:
     """Ends of jobs are told from now on, signed, until the endpoint says 2xx. Jobs of a batch are told as one, at its end."""
     try:
         new = await webhooks.create(parts.db, tenant=caller.tenant, url=body.url, events=body.events, private=parts.webhooks_private)
     except webhooks.TooMany as error:
         raise HTTPException(409, str(error)) from None
-    response.headers["Location"] = f"/v1/webhooks/{new.webhook.id}"
+    response.headers["Location"] = outer(request, f"/v1/webhooks/{new.webhook.id}")
     return NewWebhookOut(secret=new.secret, **WebhookOut.model_validate(new.webhook).model_dump())
 
 
@@ -122,11 +124,8 @@ async def list_deliveries(
     """What was and is to be sent there, newest first, for 30 days. `cursor` is the `next_cursor` of the page before."""
     webhook = await _known(webhook_id, caller.tenant, parts)
     found = await webhooks.deliveries(parts.db, webhook.id, before=cursor, limit=limit + 1)
-    page, has_more = found[:limit], len(found) > limit
-    next_cursor = str(page[-1].id) if has_more else None
-    if next_cursor is not None:
-        response.headers["Link"] = f'<{request.url.include_query_params(cursor=next_cursor)}>; rel="next"'
-    return DeliveryPage(data=[DeliveryOut.model_validate(one) for one in page], has_more=has_more, next_cursor=next_cursor)
+    page, next_cursor = cut_page(request, response, found, limit)
+    return DeliveryPage(data=[DeliveryOut.model_validate(one) for one in page], has_more=next_cursor is not None, next_cursor=next_cursor)
 
 
 @router.post("/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver", status_code=202, responses=documented(404))

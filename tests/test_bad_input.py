@@ -127,6 +127,8 @@ POSTED = [
     (f'{{{HI}, "metadata": {{"\\ud800": 1}}}}', "metadata"),
     (f'{{{HI}, "metadata": {{"a": {nested(40)}}}}}', "metadata"),
     (f'{{{HI}, "metadata": []}}', "metadata"),
+    (f'{{{HI}, "metadata": {{"a": "{"x" * 16_400}"}}}}', "16384 characters"),
+    (f'{{{HI}, "model": "default"}}', "as `chain`"),
     (f'{{{HI}, "chain": 7}}', "chain"),
     (f'{{{HI}, "chain": "\\u0000"}}', "no chain or provider"),
     (f'{{{HI}, "chain": "\\ud800"}}', "chain"),

@@ -38,6 +38,19 @@ def test_a_line_without_a_model_is_for_the_default_chain():
     assert parse(line()) == BatchLine("a", None, ChatRequest(HI))
 
 
+def test_what_clients_add_to_every_request_is_taken_and_sent_to_nobody():
+    body = {"model": "default", "messages": HI, "metadata": {"run": "7"}, "store": True, "stream_options": None, "audio": None}
+    assert parse(line(body=body)) == BatchLine("a", "default", ChatRequest(HI))
+
+
+def test_numbers_that_postgres_would_blow_up_are_refused():
+    chat_request({"messages": [{**HI[0], "extra": [1e300] * 300 + [1e-300, 0.0, -1.5]}]})
+    with pytest.raises(ValueError, match=r"^messages: .*digits"):
+        chat_request({"messages": [{**HI[0], "extra": [{"a": 1e300}, -1e-300] * 200}]})
+    with pytest.raises(ValueError, match=r"^messages: .*digits"):
+        chat_request({"messages": HI, "logit_bias": {str(n): 1e300 for n in range(400)}})
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -110,6 +123,8 @@ def test_messages_nobody_could_answer_are_refused_by_field(messages, field):
         ("max_tokens", 1.5, "whole number"),
         ("max_token", 5, "did you mean 'max_tokens'?"),
         ("functions", [], "unknown parameter"),
+        ("model", "default", "as `chain`"),
+        ("store", "yes", "true or false"),
         ("logit_bias", {"1": float("-inf")}, "no JSON number"),
         ("response_format", {"type": "yaml"}, "json_schema"),
         ("response_format", {"type": "json_schema"}, "expected a JSON Schema"),

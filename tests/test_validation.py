@@ -100,6 +100,58 @@ def test_no_pattern_and_no_answer_holds_up_the_loop(schema, content):
     assert not fits(asking(schema), answer(content))
 
 
+def doubling(levels, points=lambda level: {"$ref": f"#/$defs/d{level}"}, name="$defs", **top):
+    """Every level stands twice in the one above it."""
+    definitions = {f"d{level}": {"allOf": [points(level + 1)] * 2} for level in range(levels)} | {f"d{levels}": {"type": "object"}}
+    return {**points(0), name: definitions, **top}
+
+
+INNER = {"properties": {"definitions": doubling(40)["$defs"]}}
+ANCHORED = {f"d{n}": {"$anchor": f"d{n}", "allOf": [{"$ref": f"#d{n + 1}"}] * 2} for n in range(40)}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        doubling(40),
+        doubling(40, lambda level: {"$ref": f"#/%64efinitions/d{level}"}, "definitions"),
+        doubling(40, lambda level: {"$dynamicRef": f"#/$defs/d{level}"}),
+        doubling(40, lambda level: {"$ref": f"urn:top#/$defs/d{level}"}, **{"$id": "urn:top"}),
+        doubling(40, lambda level: {"$ref": f"#/a~1~0/d{level}"}, "a/~"),
+        doubling(40, lambda level: {"$ref": f"#/properties/definitions/d{level}"}, "$defs") | INNER,
+        {"$ref": "#d0", "$defs": {**ANCHORED, "e": {"$anchor": "d40"}}},
+        {"$ref": "inner", "$defs": {**{f"d{n}": {} for n in range(41)}, "inner": {"$id": "inner", **doubling(40)}}},
+    ],
+)
+def test_a_schema_whose_references_multiply_is_refused_before_an_answer_is_held_against_it(schema):
+    assert not usable(asking(schema))
+    assert not fits(asking(schema), answer("{}"))
+
+
+def test_a_schema_may_name_a_part_often_and_lead_back_into_itself():
+    leaf = {"$ref": "#/$defs/leaf"}
+    named_often = {"$defs": {"leaf": {"type": "string"}}, "properties": {f"p{n}": leaf for n in range(1_000)}}
+    assert fits(asking(named_often), answer('{"p7": "a"}'))
+    assert not fits(asking(named_often), answer('{"p7": 1}'))
+    hidden = {"$ref": "#/%24defs/a~1b/anyOf/0", "$defs": {"a/b": {"anyOf": [{"type": "string"}]}}}
+    assert fits(asking(hidden), answer('"a"'))
+    assert not fits(asking(hidden), answer("1"))
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#"}}, "additionalProperties": False}
+    assert fits(asking(tree), answer(json.dumps({"left": {"right": {"left": {}}}, "right": {}})))
+    assert not fits(asking(tree), answer(json.dumps({"left": {"right": {"up": {}}}})))
+
+
+def test_what_leads_back_is_gone_through_once_for_each_part_of_an_answer():
+    """As the validator has it. Were it not so, an answer of 60 levels would take longer than anybody lives."""
+    back = {"allOf": [{"$ref": "#"}, {"$ref": "#/$defs/again"}]}
+    schema = {"type": "object", "properties": {"a": back, "b": back}, "$defs": {"again": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}}}
+    deep: dict[str, object] = {"a": 3}
+    for level in range(60):
+        deep = {"ab"[level % 2]: deep}
+    assert usable(asking(schema))
+    assert not fits(asking(schema), answer(json.dumps(deep)))
+
+
 def test_a_remote_reference_is_not_fetched():
     with socket.create_server(("127.0.0.1", 0)) as trap:
         schema = {"$ref": f"http://127.0.0.1:{trap.getsockname()[1]}/schema"}

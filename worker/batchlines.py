@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ URL = "/v1/chat/completions"
 DEEPEST = 64  # levels of lists and objects in a body
 LONGEST_MODEL = 200  # characters
 LARGEST_SCHEMA = 64 * 1024  # characters of JSON
+LARGEST_METADATA = 16 * 1024  # characters of JSON
+MOST_DIGITS = 100_000  # of all numbers with a fraction or an exponent
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -33,15 +35,15 @@ class BatchLine:
 def parse(line: Mapping[str, Any]) -> BatchLine:
     """The line `{"custom_id", "method": "POST", "url": "/v1/chat/completions", "body": {"model", "messages", ...}}`.
 
-    Never raises: what is wrong stands in `problem`, without anything of the prompt.
+    `metadata` of the body is taken and not kept. Never raises: what is wrong stands in `problem`, without anything of the prompt.
     """
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         return BatchLine(None, problem="custom_id: expected a text that is not empty")
     custom_id = UNSTORABLE.sub("\ufffd", custom_id)
     try:
-        body = _envelope(line)
-        model = body.get("model")
+        body = dict(_envelope(line))
+        model, _ = body.pop("model", None), body.pop("metadata", None)  # a file's lines have their custom_id
         if model is not None and (not isinstance(model, str) or not 1 <= len(model) <= LONGEST_MODEL):
             raise ValueError("body.model: expected the name of a chain, a provider or a model")
         return BatchLine(custom_id, model and cut(model), chat_request(body))
@@ -62,19 +64,23 @@ def _envelope(line: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def chat_request(body: Mapping[str, Any]) -> ChatRequest:
-    """The request in the body of a chat completion; `model` is left to the caller. Parameters that are null are dropped.
+    """The request in the body of a chat completion, without its `model`, which is the caller's to read.
 
-    NUL and lone surrogates become U+FFFD. Raises ValueError, "FIELD: what was expected", for what no provider can be
-    sent or a queue cannot do: no messages, an unknown parameter, `n` above 1, `stream`, a number that is none, more
-    than 64 levels.
+    Parameters that are null are dropped, known or not, and `store`, for every job is stored. NUL and lone surrogates become
+    U+FFFD. Raises ValueError, "FIELD: what was expected", for what no provider can be sent or a queue cannot do: no messages,
+    an unknown parameter, `n` above 1, `stream`, a number that is none, numbers of too many digits, more than 64 levels.
     """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("messages: expected a list with at least one message")
     for position, message in enumerate(messages):
         _check_message(message, f"messages[{position}]")
+    if body.get("model") is not None:
+        raise ValueError("model: expected the name of a chain, a provider or a model as `chain`")
     rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
-    return ChatRequest(messages=_storable(messages, "messages"), parameters=parameters(rest))
+    request = ChatRequest(messages=_storable(messages, "messages"), parameters=parameters(rest))
+    _check_numbers(request)
+    return request
 
 
 def _check_message(message: Any, where: str) -> None:
@@ -99,15 +105,15 @@ def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a chat request, checked as `chat_request` says. Raises ValueError naming the one."""
     checked = {}
     for name, value in given.items():
+        if value is None:
+            continue
         if name not in _PARAMETERS:
             near = difflib.get_close_matches(cut(name), _PARAMETERS, n=1)
             raise ValueError(f"{cut(name)}: unknown parameter{f', did you mean {near[0]!r}?' if near else ''}")
         fits, expected = _PARAMETERS[name]
-        if value is None:
-            continue
         if not fits(value):
             raise ValueError(f"{name}: expected {expected}")
-        if name not in ("n", "stream"):
+        if name not in ("n", "stream", "store"):
             checked[name] = _storable(value, name)
     if "response_format" in checked:
         _check_response_format(checked["response_format"])
@@ -131,6 +137,21 @@ def _storable(value: Any, where: str, depth: int = 1) -> Any:
     if isinstance(value, Mapping):
         return {_storable(str(key), where): _storable(item, where, depth + 1) for key, item in value.items()}
     raise ValueError(f"{where}: {type(value).__name__} is nothing JSON knows")
+
+
+def _check_numbers(request: ChatRequest) -> None:
+    """Postgres writes out every digit of a number in JSON: 1e308 takes 52 times the room it came in."""
+    digits = sum(abs(math.log10(abs(number))) for number in _floats([request.messages, request.parameters]) if number)
+    if digits > MOST_DIGITS:
+        raise ValueError(f"messages: the numbers in it and beside it have more than {MOST_DIGITS} digits, written out")
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else value.values():
+            yield from _floats(item)
 
 
 def _check_response_format(given: Mapping[str, Any]) -> None:
@@ -199,6 +220,7 @@ _PARAMETERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "user": _TEXT,
     "safety_identifier": _TEXT,
     "prompt_cache_key": _TEXT,
+    "store": _BOOL,
     "n": (lambda value: value == 1 and not isinstance(value, bool), "1: a job has one answer"),
     "stream": (lambda value: value is False, "false: a queued job cannot be streamed"),
     "top_k": _integer(0, 1_000_000),

@@ -32,7 +32,7 @@ class Scope(StrEnum):
 
     SUBMIT = "submit"  # jobs, batches and files in, and take them back: cancel, delete
     READ = "read"  # whatever is its tenant's
-    OPERATE = "operate"  # what concerns others as well: webhooks
+    OPERATE = "operate"  # where answers are sent, and whom all tenants ask: webhooks, breakers
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,26 @@ def test_providers_show_their_breaker_and_this_tenants_calls(stage):
     assert stranger["today"]["calls"] == 0
 
 
+def test_a_breaker_is_opened_closed_and_reset_for_everybody_who_asks_that_provider(stage):
+    def force(action):
+        return stage.client.post("/v1/providers/a/breaker", json={"action": action})
+
+    opened = force("open")
+    assert (opened.status_code, opened.json()["name"], opened.json()["state"]) == (200, "a", "forced_open")
+    assert stage.client.get("/v1/providers").json()["data"][0]["state"] == "forced_open"
+    assert force("close").json()["state"] == "forced_closed"
+    assert force("reset").json()["state"] == "closed"
+    assert stage.client.get("/v1/providers").json()["data"][0]["state"] == "closed"
+    assert "body.action" in force("shut").json()["detail"]
+    nobody = stage.client.post("/v1/providers/nobody/breaker", json={"action": "open"})
+    assert (nobody.status_code, nobody.json()["detail"]) == (404, "there is no provider of that name; there are: a")
+
+
+def test_without_redis_no_breaker_can_be_set(stage_without_redis):
+    response = stage_without_redis.client.post("/v1/providers/a/breaker", json={"action": "open"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
 def test_costs_are_this_tenants_and_the_span_is_checked(stage):
     stage.succeed(stage.submit()["id"])
     for by in ("provider", "model", "batch", "day"):

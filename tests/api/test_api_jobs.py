@@ -289,6 +289,14 @@ def test_the_list_is_paged_by_cursor_and_by_link(stage):
     assert stage.client.get("/v1/jobs", params={"state": "failed"}).json()["data"] == []
 
 
+def test_a_page_that_is_just_full_is_the_last(stage):
+    stage.submit()
+    stage.submit()
+    page = stage.client.get("/v1/jobs", params={"limit": 2})
+    assert (len(page.json()["data"]), page.json()["has_more"], page.json()["next_cursor"]) == (2, False, None)
+    assert "link" not in page.headers
+
+
 def test_a_queued_job_is_cancelled_at_once_and_a_running_one_is_flagged(stage):
     queued, running = stage.submit()["id"], stage.submit()["id"]
     stage.sql("UPDATE jobs SET state = 'running', worker_id = :w WHERE id = :id", w=uuid4(), id=UUID(running))

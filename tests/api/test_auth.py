@@ -9,7 +9,7 @@ from worker import keys
 SCOPES = {
     "submit": [("POST", "/v1/jobs"), ("POST", "/v1/jobs/x/cancel"), ("POST", "/v1/files"), ("POST", "/v1/chat/completions")],
     "read": [("GET", "/v1/jobs"), ("GET", "/v1/jobs/x"), ("GET", "/v1/batches/x/results"), ("GET", "/v1/costs"), ("GET", "/v1/models")],
-    "operate": [("GET", "/v1/webhooks"), ("POST", "/v1/webhooks"), ("DELETE", "/v1/webhooks/x")],
+    "operate": [("GET", "/v1/webhooks"), ("POST", "/v1/webhooks"), ("POST", "/v1/providers/a/breaker"), ("DELETE", "/v1/webhooks/x")],
 }
 HELLO = {"model": "default", "messages": [{"role": "user", "content": "Hello"}], "url": "https://example.com/told"}
 MALFORMED = b'{"messages": [' + b"\xff"

@@ -20,5 +20,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
 def _fitting(name: str, value: Any) -> Any:
     if name == "chain":
         return "default"  # one that there is
+    if name == "action":
+        return "reset"  # with its breaker open the only provider would answer nobody
     # To JSON Schema 1.0 is an integer, to OpenAI and to us it is none.
     return int(value) if isinstance(value, float) and value.is_integer() else value
