@@ -11,6 +11,8 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from worker.submit import IDEMPOTENCY_KEY, IDEMPOTENCY_KEY_IS
+
 
 @dataclass(frozen=True, slots=True)
 class Spelled:
@@ -33,5 +35,5 @@ class Spelled:
 
 STORABLE = r"^[^\x00]*$"
 NoNul = Spelled(STORABLE, "a text without NUL characters")
-IdempotencyKey = Annotated[Annotated[str, Spelled(r"^[\x21-\x7e]{1,255}$", "1 to 255 visible ASCII characters")] | None, Header()]
+IdempotencyKey = Annotated[Annotated[str, Spelled(f"^{IDEMPOTENCY_KEY.pattern}$", IDEMPOTENCY_KEY_IS)] | None, Header()]
 Span = Annotated[str, Spelled(r"^[0-9]{1,4}[mhdw]$", "a number and m, h, d or w, as in 7d")]

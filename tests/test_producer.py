@@ -15,6 +15,7 @@ import pytest
 from celery import Celery
 from redis import Redis
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 from stage import HELLO, Mailbox, answered, play, rows, take
 
 from worker.batchlines import _PARAMETERS
@@ -132,6 +133,11 @@ def test_a_key_whose_job_is_deleted_at_that_moment_gives_a_new_job(database_url)
         ({"messages": "x", "deadline_s": 0}, "deadline_s"),
         ({"messages": "x", "deadline_s": float("nan")}, "deadline_s"),
         ({"messages": "x", "idempotency_key": ""}, "idempotency_key"),
+        ({"messages": "x", "idempotency_key": "a\x00"}, "idempotency_key: expected 1 to 255 visible ASCII characters"),
+        ({"messages": "x", "idempotency_key": "\ud800"}, "idempotency_key"),
+        ({"messages": "x", "idempotency_key": "a b\n"}, "idempotency_key"),
+        ({"messages": "x", "metadata": {"a": "x" * 16_400}}, "metadata: .*16384"),
+        ({"messages": "x", "model": "m"}, "model: .*chain"),
         ({"messages": "x", "metadata": {"when": object()}}, "metadata"),
         ({"messages": "x", "metadata": ["a"]}, "metadata"),
         ({"messages": "x", "chain": ""}, "chain"),
@@ -154,6 +160,9 @@ def test_bad_input_is_told_at_the_call_and_names_the_field(given, named):
         (lambda client: client.wait(7), "^job: expected"),
         (lambda client: Backstop(tennant="a"), "^tennant: no such setting, there are database_url, "),
         (lambda client: AsyncBackstop(queue="a"), "^queue: no such setting"),
+        (lambda client: Backstop(tenant=""), "^tenant: give it 1 to 100 printable"),
+        (lambda client: Backstop(tenant=7), "^tenant: give it 1 to 100 printable"),
+        (lambda client: Backstop(tenant="a\x00"), "^tenant: give it 1 to 100 printable"),
         (lambda client: Backstop(redis_url="nothing", database_url=NOWHERE, config=NO_FILE).enqueue("x"), "^redis_url "),
     ],
 )
@@ -163,7 +172,7 @@ def test_a_mistake_is_told_in_the_words_of_the_call(client, call, words):
 
 
 def test_every_parameter_that_is_taken_is_known_to_a_type_checker():
-    assert set(Parameters.__annotations__) == set(_PARAMETERS) - {"n", "stream"}
+    assert set(Parameters.__annotations__) == set(_PARAMETERS) - {"n", "stream", "store"}
     for method, keywords in (("enqueue", Enqueuing), ("enqueue_many", EnqueuingMany), ("chat", Chatting)):
         named = signature(getattr(AsyncBackstop, method)).parameters.values()
         assert {one.name for one in named if one.kind is one.KEYWORD_ONLY} == set(keywords.__annotations__) - set(
@@ -199,6 +208,65 @@ def test_jobs_of_others_are_not_there(client, database_url, redis_url):
                 ask(job)
     with pytest.raises(NotFound):
         client.result(new_id())
+
+
+def test_no_tenant_given_is_the_default_one_and_never_all(database_url, redis_url):
+    servers = {"database_url": database_url, "redis_url": redis_url, "config": NO_FILE}
+    with Backstop(**servers, tenant="other") as other, Backstop(**servers, tenant=None) as unnamed, Backstop(**servers) as default:
+        theirs, batch, ours = other.enqueue("x"), other.enqueue_many(["a"], batch="theirs"), unnamed.enqueue("y")
+        for ask in (unnamed.result, unnamed.cancel, unnamed.wait, lambda one: list(unnamed.as_completed([one]))):
+            with pytest.raises(NotFound):
+                ask(theirs)
+        for named in (batch, batch.id, "theirs"):
+            with pytest.raises(NotFound):
+                list(unnamed.results(named))
+        assert unnamed.cancel(batch).cancelled == 0
+        assert default.result(ours).tenant == "default"
+
+
+@contextmanager
+def postgres_away(database_url):
+    """Nobody can connect, and who was connected is not any more."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("UPDATE pg_database SET datallowconn = false WHERE datname = current_database()")
+        try:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            yield
+        finally:
+            connection.execute("UPDATE pg_database SET datallowconn = true WHERE datname = current_database()")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client, job: client.result(job),
+        lambda client, job: client.wait(job, 1),
+        lambda client, job: client.cancel(job),
+        lambda client, job: client.enqueue("x"),
+        lambda client, job: client.enqueue_many(["x"]),
+        lambda client, job: next(client.as_completed([job], LONG_S)),
+        lambda client, job: next(client.results("some")),
+        lambda client, job: client.chat("x"),
+    ],
+    ids=["result", "wait", "cancel", "enqueue", "enqueue_many", "as_completed", "results", "chat"],
+)
+def test_a_postgres_that_goes_is_unreachable_whatever_is_asked(database_url, redis_url, vendors, tmp_path, ask):
+    config = configured(vendors, tmp_path)
+    with Backstop(database_url=database_url, redis_url=redis_url, config=config, data=tmp_path) as client:
+        job = client.enqueue("x")
+        with postgres_away(database_url), pytest.raises(Unreachable):
+            ask(client, job)
+
+
+def test_a_postgres_that_goes_between_two_completed_jobs_is_unreachable(client, database_url, monkeypatch):
+    jobs = [client.enqueue("a"), client.enqueue("b")]
+    answer(database_url, jobs[0].job_id)
+    arriving = client.as_completed(jobs, LONG_S)
+    assert next(arriving).id == jobs[0].job_id
+    with postgres_away(database_url), pytest.raises(Unreachable):
+        next(arriving)
 
 
 def test_jobs_come_as_they_are_completed(client, database_url):
@@ -265,6 +333,17 @@ def test_a_bad_row_is_named_and_the_mended_batch_is_resumed(client, database_url
         client.enqueue_many(["a"], batch="monday", temperature=1)
 
 
+@pytest.mark.parametrize("error", [OperationalError("SELECT 1", {}, Exception("theirs")), KeyError("theirs"), UsageError("theirs")])
+def test_what_the_callers_own_rows_raise_is_left_as_it_is(client, error):
+    def source():
+        yield "a"
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        client.enqueue_many(source(), batch="monday")
+    assert caught.value is error
+
+
 def test_rows_are_never_held_at_once(client, monkeypatch):
     monkeypatch.setattr("worker.submit.CHUNK", 10)
     seen = []
@@ -323,6 +402,25 @@ def test_a_closed_client_may_be_closed_again_and_used_again(client):
     assert client.result(job).id == job.job_id
     client.close()
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "backstop-loop"]
+
+
+def test_what_is_read_from_a_client_that_is_closed_meanwhile_ends_in_words_and_leaves_nothing_behind(client, database_url):
+    before = set(threading.enumerate())
+    jobs = [client.enqueue("a"), client.enqueue("b")]
+    answer(database_url, jobs[0].job_id)
+    arriving, abandoned = client.as_completed(jobs, LONG_S), client.as_completed(jobs, LONG_S)
+    assert next(arriving).id == next(abandoned).id == jobs[0].job_id
+    client.close()
+    abandoned.close()
+    with pytest.raises(UsageError, match="closed while its results were being read"):
+        next(arriving)
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "backstop-loop"]
+
+
+def test_a_wait_that_runs_out_names_the_time_it_was_given(client):
+    client.enqueue_many(["a"], batch="never")
+    with pytest.raises(WaitTimedOut, match=r"after 0\.25 s"):
+        list(client.results("never", timeout_s=0.25))
 
 
 def test_the_asynchronous_one_does_the_same(database_url, redis_url):
@@ -577,7 +675,7 @@ def test_results_of_a_batch_that_is_still_being_submitted_wait_for_its_rows(clie
     assert [row.job_id for row in results] == [job_id]
 
 
-@pytest.mark.parametrize("rows", ["abc", {"messages": []}])
+@pytest.mark.parametrize("rows", ["abc", {"messages": []}, 7, None])
 def test_one_request_is_no_iterable_of_requests(client, rows):
     with pytest.raises(UsageError, match="rows: expected an iterable"):
         client.enqueue_many(rows)

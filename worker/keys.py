@@ -80,9 +80,8 @@ async def create(
     db: AsyncEngine, *, name: str, tenant: str = "default", scopes: Collection[Scope] = tuple(Scope), rpm: int | None = None
 ) -> NewKey:
     """A new key that works from now on. Raises UsageError when it cannot be made like this."""
-    for what, value in (("name", name), ("tenant", tenant)):
-        if not value.strip() or len(value) > 100 or not value.isprintable():
-            raise UsageError(f"{what} of a key: give it 1 to 100 printable characters")
+    check_name("name of a key", name)
+    check_name("tenant of a key", tenant)
     if not scopes:
         raise UsageError(f"scopes of a key: give it one at least of {', '.join(Scope)}")
     if rpm is not None and not 1 <= rpm <= MOST_RPM:
@@ -100,6 +99,13 @@ async def create(
     async with db.connect() as connection:
         row = (await connection.execute(_CREATE, values)).mappings().one()
     return NewKey(secret, Key(**row))
+
+
+def check_name(what: str, given: str) -> str:
+    """The name, of a key or a tenant. Raises UsageError when it can be none."""
+    if not isinstance(given, str) or not given.strip() or len(given) > 100 or not given.isprintable():
+        raise UsageError(f"{what}: give it 1 to 100 printable characters")
+    return given
 
 
 async def list(db: AsyncEngine) -> Sequence[Key]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,8 @@ log = structlog.get_logger(__name__)
 
 CHUNK = 5_000  # rows of a file in one transaction
 BULK_DEADLINE_S = 86_400.0
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+IDEMPOTENCY_KEY_IS = "1 to 255 visible ASCII characters"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
