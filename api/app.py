@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 import worker
@@ -16,10 +17,12 @@ from api.auth import Doorkeeper
 from api.envelope import Envelope
 from api.follow import Looks
 from api.parts import Parts
-from worker import config, keys, reads, wiring
+from worker import config, database, keys, reads, wiring
 from worker.grouping import Group
 from worker.settings import Settings, read_settings
 from worker.waiting import Endings
+
+MOST_REPORTS = 2  # connections
 
 
 def create_app(settings: Settings | None = None, connections: wiring.Connections | None = None) -> FastAPI:
@@ -57,9 +60,13 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
 
 
 async def _parts(stack: AsyncExitStack, opened: wiring.Connections, configured: config.Config, settings: Settings) -> Parts:
+    door, reports = (_few(opened.db) for _ in range(2))  # whom the keys are for is known however busy all else is
+    stack.push_async_callback(door.dispose)
+    stack.push_async_callback(reports.dispose)
     return Parts(
         config=configured,
         db=opened.db,
+        reports=reports,
         redis=opened.redis,
         gates=opened.gates,
         publish=opened.publish,
@@ -68,6 +75,10 @@ async def _parts(stack: AsyncExitStack, opened: wiring.Connections, configured: 
         max_files_bytes=settings.max_files_gb * 1e9,
         looks=Looks(opened.db),
         admission=Admission(opened.db, settings.max_queued),
-        callers=Group(partial(keys.verify_all, opened.db)),
+        callers=Group(partial(keys.verify_all, door)),
         jobs=Group(partial(reads.job_views, opened.db)),
     )
+
+
+def _few(like: AsyncEngine) -> AsyncEngine:
+    return database.engine(like.url.render_as_string(hide_password=False), most=MOST_REPORTS)

@@ -30,11 +30,11 @@ from api.spelling import IdempotencyKey, NoNul
 from worker import intervene, reads, waiting
 from worker.batchlines import LONGEST_MODEL, chat_request
 from worker.cost import Usage
-from worker.errors import UsageError
+from worker.errors import KeyReused, UsageError
 from worker.export import completion
 from worker.job import Answer, ChatRequest, JobState
 from worker.signals import Signal
-from worker.submit import KeyReused, NewJob
+from worker.submit import NewJob
 from worker.views import JobView
 
 MAX_WAIT_S = 600.0  # how long the SDK waits unless it is told otherwise

@@ -46,7 +46,7 @@ async def set_breaker(name: str, body: BreakerIn, caller: Operates, parts: Opene
 
 
 async def _seen(statuses: Sequence[Status], parts: Parts, tenant: str) -> list[ProviderOut]:
-    today = {day.provider: day for day in await reads.providers_today(parts.db, tenant=tenant)}
+    today = {day.provider: day for day in await reads.providers_today(parts.reports, tenant=tenant)}
     return [
         ProviderOut(
             name=status.provider,
@@ -74,5 +74,5 @@ async def list_costs(
 ) -> CostList:
     """What this tenant's calls cost, by provider, model, batch or UTC day."""
     start = reads.ago(since)
-    rows = await reads.costs(parts.db, by, start, caller.tenant)
+    rows = await reads.costs(parts.reports, by, start, caller.tenant)
     return CostList(by=by, since=start, data=[CostOut.model_validate(row) for row in rows])

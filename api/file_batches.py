@@ -13,13 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from api import examples
 from api.auth import Reads, Submits
-from api.files import ExpiresAfter, known_file
+from api.files import ExpiresAfter, known_file, no_file
 from api.openai_errors import FINAL, OpenAIError, documented_openai
 from api.parts import Opened
 from api.spelling import IdempotencyKey, NoNul, Spelled
-from worker import file_batches, files
+from worker import file_batches, files, new_file_batch
 from worker.batchlines import URL
-from worker.file_batches import FileBatch, KeyReused, NewFileBatch, TooMany
+from worker.errors import KeyReused, TooMany
+from worker.file_batches import FileBatch
+from worker.new_file_batch import NewFileBatch
 
 AGAIN_S = "60"
 _UNITS_S = {"m": 60, "h": 3_600, "d": 86_400}
@@ -156,13 +158,13 @@ async def create_batch(
     retry_count: Annotated[str, Header(alias="x-stainless-retry-count", description="Set by OpenAI's SDKs.")] = "0",
 ) -> BatchOut:
     """Starts in `validating`; GET it to see how it goes on. Sent again by an SDK, or under its Idempotency-Key, it stays one."""
-    file = await known_file(parts, body.input_file_id, caller.tenant, "input_file_id")
-    if file.purpose != "batch":
-        raise OpenAIError(400, f"input_file_id: the purpose of that file is {file.purpose}, not batch", param="input_file_id")
+    input_file_id = files.from_wire(body.input_file_id)
+    if input_file_id is None:
+        raise no_file(body.input_file_id, "input_file_id")
     skips = bad_lines == "skip" or BAD_LINES in (body.metadata or {})
     new = NewFileBatch(
         tenant=caller.tenant,
-        input_file_id=file.id,
+        input_file_id=input_file_id,
         completion_window=body.completion_window,
         window_s=_seconds(body.completion_window),
         fingerprint=hashlib.sha256(json.dumps([body.model_dump(), skips], sort_keys=True).encode()).hexdigest(),
@@ -173,11 +175,18 @@ async def create_batch(
         is_retry=re.fullmatch("0*", retry_count) is None,
     )
     try:
-        return BatchOut.of(await file_batches.create(parts.db, new))
+        return BatchOut.of(await new_file_batch.earlier(parts.db, new) or await _created(parts, new, body.input_file_id))
     except KeyReused as error:
         raise OpenAIError(409, str(error), code="idempotency_key_reused", headers=FINAL) from None
     except TooMany as error:
         raise OpenAIError(429, str(error), code="too_many_batches", headers={"Retry-After": AGAIN_S, **FINAL}) from None
+
+
+async def _created(parts: Opened, new: NewFileBatch, input_file_id: str) -> FileBatch:
+    file = await known_file(parts, input_file_id, new.tenant, "input_file_id")
+    if file.purpose != "batch":
+        raise OpenAIError(400, f"input_file_id: the purpose of that file is {file.purpose}, not batch", param="input_file_id")
+    return await new_file_batch.create(parts.db, new)
 
 
 @router.get("/batches", responses=documented_openai(400))

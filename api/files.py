@@ -180,7 +180,7 @@ async def delete_file(file_id: str, caller: Submits, parts: Opened) -> DeletedOu
     """A batch that has not read the file to its end yet fails, or is cancelled if some of it was submitted already."""
     found = files.from_wire(file_id)
     if found is None or not await files.delete(parts.db, found, caller.tenant):
-        raise _no_file(file_id)
+        raise no_file(file_id)
     return DeletedOut(id=file_id)
 
 
@@ -197,9 +197,10 @@ async def known_file(parts: Opened, file_id: str, tenant: str, param: str = "fil
     found: UUID | None = files.from_wire(file_id)
     file = await files.one(parts.db, found, tenant) if found else None
     if file is None:
-        raise _no_file(file_id, param)
+        raise no_file(file_id, param)
     return file
 
 
-def _no_file(file_id: str, param: str = "file_id") -> OpenAIError:
+def no_file(file_id: str, param: str = "file_id") -> OpenAIError:
+    """The answer to an id that is none of the tenant's."""
     return OpenAIError(404, f"there is no file {file_id[:50]!r}", param=param)

@@ -117,7 +117,7 @@ async def list_jobs(
     """Jobs, newest first. `cursor` is the `next_cursor` of the page before; `Link: rel="next"` says the same."""
     batch_id = (await known_batch(parts.db, which.batch, caller.tenant)).id if which.batch is not None else None
     found = await reads.jobs(
-        parts.db,
+        parts.reports,
         which=which.selection(),
         tenant=caller.tenant,
         batch_id=batch_id,

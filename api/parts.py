@@ -26,8 +26,11 @@ from worker.waiting import Endings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
+    """`reports` are the connections for what may take long: lists and figures. They hold up one another, and no submission or poll."""
+
     config: Config
     db: AsyncEngine
+    reports: AsyncEngine
     redis: Redis
     gates: Gates
     publish: Publish

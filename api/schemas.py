@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Self
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from api import examples
 from api.chat_schema import described
-from worker.batchlines import LARGEST_METADATA
+from api.metadata import Metadata
 from worker.export import ExportRow
 from worker.job import MAX_DEADLINE_S, Answer, JobState, Lane
 from worker.views import BatchView, CallView, JobView
-
-_MAX_DEPTH = 32
 
 Usd = Annotated[Decimal, PlainSerializer(lambda value: format(value.normalize(), "f"), return_type=str)]
 Moment = Annotated[datetime, AfterValidator(lambda value: value.astimezone(UTC))]
@@ -33,15 +29,7 @@ class JobIn(BaseModel):
     chain: str = Field("default", max_length=200, description="A chain, a provider, or a provider's model.")
     lane: Lane = Lane.INTERACTIVE
     deadline_s: float = Field(120, strict=True, gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False, description="Seconds from now.")
-    metadata: dict[str, Any] | None = Field(None, description="Kept with the job, sent to nobody; 16 KiB of JSON at most.")
-
-    @field_validator("metadata")
-    @classmethod
-    def _storable(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        _check_storable(value)
-        if value and len(json.dumps(value)) > LARGEST_METADATA:
-            raise ValueError(f"is larger than {LARGEST_METADATA} characters of JSON")
-        return value
+    metadata: Metadata | None = Field(None, description="Kept with the job, sent to nobody; 16 KiB of JSON at most.")
 
     def chat_body(self) -> dict[str, Any]:
         """The part of it that is the chat request."""
@@ -282,21 +270,3 @@ class CostList(BaseModel):
     by: str
     since: Moment
     data: list[CostOut]
-
-
-def _check_storable(value: Any) -> None:
-    """Raises ValueError for JSON that Postgres would refuse, or that nests deeper than anyone means to."""
-    nested = [(value, 0)]
-    while nested:
-        item, depth = nested.pop()
-        match item:
-            case dict() | list() if depth >= _MAX_DEPTH:
-                raise ValueError(f"nests deeper than {_MAX_DEPTH} levels")
-            case dict():
-                nested += [(part, depth + 1) for pair in item.items() for part in pair]
-            case list():
-                nested += [(part, depth + 1) for part in item]
-            case float() if not math.isfinite(item):
-                raise ValueError("holds NaN or Infinity, which JSON does not have")
-            case str() if "\x00" in item or any("\ud800" <= character <= "\udfff" for character in item):
-                raise ValueError("holds a NUL or half a surrogate pair, which cannot be stored")

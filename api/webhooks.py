@@ -16,7 +16,7 @@ from api.paths import outer
 from api.problems import KnownParameters, documented
 from api.schemas import Moment
 from worker import reads, webhooks
-from worker.errors import NotFound
+from worker.errors import NotFound, TooMany
 from worker.webhooks import EVENTS, LONGEST_URL, Event, Webhook
 
 router = APIRouter(prefix="/v1", tags=["webhooks"], responses=documented(401, 403, 422, 503), dependencies=[KnownParameters])
@@ -88,7 +88,7 @@ async def create_webhook(body: WebhookIn, request: Request, response: Response, 
     """Ends of jobs are told from now on, signed, until the endpoint says 2xx. Jobs of a batch are told as one, at its end."""
     try:
         new = await webhooks.create(parts.db, tenant=caller.tenant, url=body.url, events=body.events, private=parts.webhooks_private)
-    except webhooks.TooMany as error:
+    except TooMany as error:
         raise HTTPException(409, str(error)) from None
     response.headers["Location"] = outer(request, f"/v1/webhooks/{new.webhook.id}")
     return NewWebhookOut(secret=new.secret, **WebhookOut.model_validate(new.webhook).model_dump())

@@ -8,9 +8,11 @@ from sqlalchemy import text
 from stage import batch as ledger_batch
 from stage import play, rows
 
-from worker import file_batches, intervene
-from worker.file_batches import KeyReused, NewFileBatch, TooMany, create, from_wire, listed, one, wire_id
+from worker import file_batches, intervene, new_file_batch
+from worker.errors import KeyReused, TooMany
+from worker.file_batches import from_wire, listed, one, wire_id
 from worker.job import new_id
+from worker.new_file_batch import NewFileBatch, create
 
 NEW = NewFileBatch(tenant="default", input_file_id=new_id(), completion_window="24h", window_s=86_400, fingerprint="f")
 AGAIN = replace(NEW, is_retry=True)
@@ -82,9 +84,9 @@ def test_a_key_is_one_batch_for_good_and_belongs_to_its_request_and_tenant(datab
 
 
 def test_so_many_of_a_tenant_are_unfinished_at_most_also_when_asked_for_at_once(database_url, monkeypatch):
-    sql = str(file_batches._CREATE.text)
-    assert f"< {file_batches.MOST_UNFINISHED}" in sql
-    monkeypatch.setattr(file_batches, "_CREATE", text(sql.replace(f"< {file_batches.MOST_UNFINISHED}", "< 3")))
+    sql = str(new_file_batch._CREATE.text)
+    assert f"< {new_file_batch.MOST_UNFINISHED}" in sql
+    monkeypatch.setattr(new_file_batch, "_CREATE", text(sql.replace(f"< {new_file_batch.MOST_UNFINISHED}", "< 3")))
 
     async def story(db):
         made = await asyncio.gather(*(create(db, replace(NEW, fingerprint=str(n))) for n in range(6)), return_exceptions=True)

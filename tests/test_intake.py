@@ -14,13 +14,13 @@ from stage import answered, counters_are_exact, ending, play, rows, take
 from structlog.testing import capture_logs
 from test_files import a_file, content
 
-from worker import file_batches, files, intake, intervene, webhooks
+from worker import file_batches, files, intake, intervene, new_file_batch, webhooks
 from worker.config import parse
 from worker.errors import UsageError
-from worker.file_batches import NewFileBatch
 from worker.intake import LONGEST_LINE, Lines, tend
 from worker.job import JobState
 from worker.ledger import settle
+from worker.new_file_batch import NewFileBatch
 from worker.rescue import expire
 from worker.selection import Selection
 
@@ -49,7 +49,7 @@ def good(count):
 async def a_file_batch(db, text, **fields):
     file = await a_file(db, text)
     new = {"tenant": "default", "completion_window": "24h", "window_s": 86_400, "fingerprint": "f", **fields}
-    return (await file_batches.create(db, NewFileBatch(input_file_id=file.id, **new))).batch_id
+    return (await new_file_batch.create(db, NewFileBatch(input_file_id=file.id, **new))).batch_id
 
 
 async def now(db, batch_id):

@@ -20,7 +20,7 @@ from stage import HELLO, Mailbox, answered, play, rows, take
 
 from worker.batchlines import _PARAMETERS
 from worker.dispatch import queue_name
-from worker.errors import NotFound, Unreachable, UsageError, WaitTimedOut
+from worker.errors import KeyReused, NotFound, Unreachable, UsageError, WaitTimedOut
 from worker.following import Chatting, Enqueuing, EnqueuingMany
 from worker.job import JobState, Lane, new_id
 from worker.ledger import settle
@@ -28,7 +28,7 @@ from worker.loop import LoopThread
 from worker.producer import AsyncBackstop, Backstop
 from worker.simulator import script
 from worker.simulator.server import Simulator
-from worker.submit import _EARLIER, KeyReused, NewJob, Parameters, submit
+from worker.submit import _EARLIER, NewJob, Parameters, submit
 from worker.transport import screened
 
 SCRIPT = {"providers": {"good": {}, "bad": {"faults": [{"kind": "status", "status": 500, "rate": 1}]}}}

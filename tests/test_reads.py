@@ -12,7 +12,8 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import database, reads
@@ -47,6 +48,25 @@ def run(database_url: str, story: Callable[[AsyncEngine], Awaitable[None]]) -> N
 async def execute(db: AsyncEngine, sql: str, **values: object) -> None:
     async with db.connect() as connection:
         await connection.execute(text(sql), values)
+
+
+def node_types(plan: dict[str, Any]) -> set[tuple[str, str | None]]:
+    return {(plan["Node Type"], plan.get("Index Name"))}.union(*(node_types(part) for part in plan.get("Plans", [])))
+
+
+async def plans(db: AsyncEngine, ask: Callable[[], Awaitable[object]]) -> list[set[tuple[str, str | None]]]:
+    """How Postgres finds the rows of each statement of `ask`: the nodes of its plan, and their indexes."""
+    sent: list[tuple[str, Any]] = []
+
+    def note(_connection: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
+        sent.append((statement, parameters))
+
+    event.listen(db.sync_engine, "before_cursor_execute", note)
+    await ask()
+    event.remove(db.sync_engine, "before_cursor_execute", note)
+    async with db.connect() as connection:
+        explained = [await connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", values) for statement, values in sent]
+        return [node_types(result.scalar_one()[0]["Plan"]) for result in explained]
 
 
 async def a_job(
@@ -376,3 +396,35 @@ def test_a_span_of_time_is_a_number_and_a_unit():
 def test_any_other_span_is_a_usage_error(span):
     with pytest.raises(UsageError, match="as in 7d"):
         reads.ago(span, NOON)
+
+
+def test_the_jobs_of_a_small_tenant_are_found_without_a_look_at_those_of_a_large_one(database_url):
+    async def story(db: AsyncEngine) -> None:
+        await execute(
+            db,
+            """INSERT INTO jobs (id, tenant, chain, lane, state, deadline_at)
+               SELECT gen_random_uuid(), CASE WHEN n % 5000 = 0 THEN 'small' ELSE 'large' END, 'default', 'bulk', 'queued', now()
+               FROM generate_series(1, 20000) n""",
+        )
+        await execute(db, "ANALYZE jobs")
+        for before in (None, UUID(int=2**128 - 1)):
+            (plan,) = await plans(db, lambda before=before: reads.jobs(db, tenant="small", before=before, limit=51))  # type: ignore[misc]
+            assert {index for _, index in plan} & {"ix_jobs_tenant"}, plan
+            assert len(await reads.jobs(db, tenant="small", before=before)) == 4
+
+    run(database_url, story)
+
+
+def test_a_read_that_postgres_does_not_answer_is_given_up(database_url, monkeypatch):
+    monkeypatch.setattr("worker.reads.READ_S", 0.2)
+
+    async def story(db: AsyncEngine) -> None:
+        async with db.connect() as holder:
+            await holder.execution_options(isolation_level="READ COMMITTED")
+            async with holder.begin():
+                await holder.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+                with pytest.raises(OperationalError, match="no reply within"):
+                    await reads.jobs(db)
+        assert await reads.jobs(db) == []
+
+    run(database_url, story)

@@ -10,10 +10,10 @@ from sqlalchemy import event
 from stage import HELLO, Mailbox, a_batch, answered, batch, counters_are_exact, job, play, rows, take
 
 from worker import submit as submitting
-from worker.errors import UsageError
+from worker.errors import KeyReused, UsageError
 from worker.job import ChatRequest, Lane
 from worker.ledger import settle
-from worker.submit import KeyReused, NewJob, Row, add_rows, close_batch, open_batch, submit
+from worker.submit import NewJob, Row, add_rows, close_batch, open_batch, submit
 
 
 def wanted(count, first=1):

@@ -15,7 +15,7 @@ from standardwebhooks import WebhookVerificationError
 from worker import deliver as delivering_module
 from worker import webhooks
 from worker.deliver import BACKOFF_S, EACH, JITTER, deliver
-from worker.errors import NotFound, UsageError
+from worker.errors import NotFound, TooMany, UsageError
 from worker.intervene import cancel, requeue
 from worker.job import JobState, new_id
 from worker.ledger import settle
@@ -471,7 +471,7 @@ def test_a_tenant_has_so_many_webhooks_at_most(database_url):
 def test_nor_has_it_more_when_all_are_made_at_once(database_url):
     async def story(db):
         made = await asyncio.gather(*(a_webhook(db) for _ in range(webhooks.MOST + 10)), return_exceptions=True)
-        assert [type(one) for one in made if isinstance(one, Exception)] == [webhooks.TooMany] * 10
+        assert [type(one) for one in made if isinstance(one, Exception)] == [TooMany] * 10
         assert len(await webhooks.listed(db)) == webhooks.MOST
 
     play(database_url, story)

@@ -23,6 +23,9 @@ from worker.errors import Unreachable, UsageError
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 STATEMENT_S = 15.0  # a server that is silent for so long is taken for gone; whatever is sent may be sent again
 
+# Second halves of advisory locks, so that those of one text are not one lock.
+FILE_BATCH_LOCKS, INTAKE_LOCKS, WEBHOOK_LOCKS = range(3)
+
 Value = TypeVar("Value")
 
 
@@ -51,12 +54,12 @@ def driver_url(url: str) -> str:
     return parsed.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
-def engine(url: str, *, pooled: bool = True) -> AsyncEngine:
-    """An engine for one event loop, of at most 10 connections; not `pooled`, each ends where it is given back.
+def engine(url: str, *, most: int = 10, pooled: bool = True) -> AsyncEngine:
+    """An engine for one event loop, of at most `most` connections; not `pooled`, each ends where it is given back.
 
     Statements commit by themselves: what must hang together is one statement, or stands in an explicit transaction.
     """
-    pool: dict[str, Any] = {"pool_size": 10, "max_overflow": 0} if pooled else {"poolclass": NullPool}
+    pool: dict[str, Any] = {"pool_size": most, "max_overflow": 0} if pooled else {"poolclass": NullPool}
     return create_async_engine(
         driver_url(url),
         isolation_level="AUTOCOMMIT",
@@ -67,17 +70,17 @@ def engine(url: str, *, pooled: bool = True) -> AsyncEngine:
     )
 
 
-async def run(db: AsyncEngine, statement: TextClause, *, tries: int = 3, **values: Any) -> list[Any]:
+async def run(db: AsyncEngine, statement: TextClause, *, tries: int = 3, limit_s: float | None = None, **values: Any) -> list[Any]:
     """All rows of the statement, which Postgres has committed. Undone to end a deadlock, it is tried again.
 
-    Raises DBAPIError, also when Postgres is silent for STATEMENT_S: then it may have been committed all the same.
+    Raises DBAPIError, also when Postgres is silent for `limit_s` (STATEMENT_S): then it may have been committed all the same.
     """
     try:
-        return await promptly(_rows(db, statement, values), STATEMENT_S)
+        return await promptly(_rows(db, statement, values), limit_s or STATEMENT_S)
     except OperationalError as error:
         if tries == 1 or not isinstance(error.orig, DeadlockDetected):
             raise
-    return await run(db, statement, tries=tries - 1, **values)
+    return await run(db, statement, tries=tries - 1, limit_s=limit_s, **values)
 
 
 async def _rows(db: AsyncEngine, statement: TextClause, values: Mapping[str, Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from worker.database import run
 from worker.job import Lane, new_id
 
 log = structlog.get_logger(__name__)
@@ -228,5 +229,4 @@ _WITHDRAW_LOST = _withdraw("""lane = :lane AND dispatched_at < now() - make_inte
 
 async def withdraw(db: AsyncEngine, delivery_ids: Sequence[UUID]) -> None:
     """Jobs of these messages that nobody claimed are ready to be published again."""
-    async with db.connect() as connection:
-        await connection.execute(_WITHDRAW, {"deliveries": list(delivery_ids)})
+    await run(db, _WITHDRAW, deliveries=list(delivery_ids))

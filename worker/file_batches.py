@@ -17,13 +17,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import intervene
-from worker.database import STATEMENT_S, jsonb, promptly, run
-from worker.errors import BackstopError
-from worker.job import new_id
+from worker.database import jsonb, run
 from worker.tally import TOLD
-
-MOST_UNFINISHED = 1_000  # of one tenant
-RETRY_S = 600.0  # so long after it was made, a batch is what a retry of its POST means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,102 +72,6 @@ def from_wire(spelled: str) -> UUID | None:
     return UUID(spelled[6:]) if re.fullmatch(r"batch_[0-9a-f]{32}", spelled) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewFileBatch:
-    """What is asked for. `fingerprint`: the same for the same request.
-
-    `is_retry`: the client sends this again, so a batch made from the same request in the last RETRY_S is meant.
-    """
-
-    tenant: str
-    input_file_id: UUID
-    completion_window: str
-    window_s: float
-    fingerprint: str
-    output_expires_s: float | None = None
-    skips_bad_lines: bool = False
-    metadata: Mapping[str, str] | None = None
-    idempotency_key: str | None = None
-    is_retry: bool = False
-
-
-class KeyReused(BackstopError):
-    """The idempotency key belongs to another request."""
-
-
-class TooMany(BackstopError):
-    """MOST_UNFINISHED batches of the tenant have not ended."""
-
-
-# The POSTs of a tenant go one after the other, so that each sees what those before it have made.
-_SERIALIZE = text("SELECT pg_advisory_xact_lock(hashtextextended(CAST(:tenant AS text), 0))")
-
-_EARLIER = text("""
-SELECT batch_id, fingerprint FROM file_batches WHERE tenant = :tenant AND CASE
-    WHEN CAST(:key AS text) IS NOT NULL THEN idempotency_key = :key
-    ELSE fingerprint = :fingerprint AND idempotency_key IS NULL AND created_at > now() - make_interval(secs => :retry_s) END
-ORDER BY batch_id DESC LIMIT 1
-""")
-
-_CREATE = text(f"""
-WITH batch AS (
-    INSERT INTO batches (id, tenant, name, state, fingerprint) SELECT :id, :tenant, :name, 'loading', :fingerprint
-    WHERE (SELECT count(*) FROM file_batches WHERE tenant = :tenant
-        AND state IN ('validating', 'in_progress', 'finalizing', 'cancelling')) < {MOST_UNFINISHED} RETURNING id
-)
-INSERT INTO file_batches (batch_id, tenant, state, input_file_id, completion_window, output_expires_s, skips_bad_lines, metadata,
-    fingerprint, idempotency_key, expires_at)
-SELECT id, :tenant, 'validating', :input, :window, :output_expires_s, :skips, CAST(:metadata AS jsonb), :fingerprint, :key,
-    now() + make_interval(secs => :window_s)
-FROM batch RETURNING batch_id
-""")
-
-
-async def create(db: AsyncEngine, new: NewFileBatch) -> FileBatch:
-    """The batch, in `validating`; the one of before when its key was used already, or when it is asked for once more.
-
-    That its input file is there, the caller has seen. Raises KeyReused when its idempotency key was used for another request, TooMany.
-    """
-    batch_id = await promptly(_created(db, new), STATEMENT_S)
-    batch = await one(db, batch_id, new.tenant)
-    assert batch is not None
-    return batch
-
-
-async def _created(db: AsyncEngine, new: NewFileBatch) -> UUID:
-    async with db.connect() as connection:
-        await connection.execution_options(isolation_level="READ COMMITTED")  # each statement sees what was committed before it
-        async with connection.begin():
-            key = new.idempotency_key
-            await connection.execute(_SERIALIZE, {"tenant": new.tenant})
-            if key is not None or new.is_retry:
-                asked = {"tenant": new.tenant, "key": key, "fingerprint": new.fingerprint, "retry_s": RETRY_S}
-                for row in await connection.execute(_EARLIER, asked):
-                    if row.fingerprint != new.fingerprint:
-                        raise KeyReused(f"the idempotency key was used for another request: {wire_id(row.batch_id)}; take a new key")
-                    return row.batch_id  # type: ignore[no-any-return]
-            batch_id = new_id()
-            if not list(await connection.execute(_CREATE, _values(batch_id, new))):
-                raise TooMany(f"{MOST_UNFINISHED} of your batches have not ended: wait for some, or cancel them")
-            return batch_id
-
-
-def _values(batch_id: UUID, new: NewFileBatch) -> dict[str, Any]:
-    return {
-        "id": batch_id,
-        "tenant": new.tenant,
-        "name": wire_id(batch_id),
-        "fingerprint": new.fingerprint,
-        "input": new.input_file_id,
-        "window": new.completion_window,
-        "window_s": new.window_s,
-        "output_expires_s": new.output_expires_s,
-        "skips": new.skips_bad_lines,
-        "metadata": jsonb(new.metadata),
-        "key": new.idempotency_key,
-    }
-
-
 _BATCH = """
 SELECT f.batch_id, f.tenant, f.state, b.state AS loaded, f.input_file_id, f.output_file_id, f.error_file_id, f.completion_window,
     f.output_expires_s, f.skips_bad_lines, f.metadata, f.errors, f.usage, b.total, b.succeeded, b.failed, b.cancelled, b.expired,
@@ -192,9 +91,9 @@ async def one(db: AsyncEngine, batch_id: UUID, tenant: str | None = None) -> Fil
 
 async def listed(db: AsyncEngine, tenant: str, *, limit: int, after: UUID | None = None) -> list[FileBatch]:
     """Up to `limit` batches, newest first. The next page is `after` the last id of this one."""
-    where = "WHERE f.tenant = :tenant AND (CAST(:after AS uuid) IS NULL OR f.batch_id < :after)"
-    found = await run(db, text(f"{_BATCH} {where} ORDER BY f.batch_id DESC LIMIT :limit"), tenant=tenant, after=after, limit=limit)
-    return [_view(row) for row in found]
+    where = "WHERE f.tenant = :tenant" + (" AND f.batch_id < :after" if after else "")
+    page: dict[str, Any] = {"tenant": tenant, "limit": limit} | ({"after": after} if after else {})
+    return [_view(row) for row in await run(db, text(f"{_BATCH} {where} ORDER BY f.batch_id DESC LIMIT :limit"), **page)]
 
 
 # An open batch in progress waits for its jobs, not for us. The smallest first: it is not to wait for a large one.

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from worker import file_batches, files, intervene, reads
 from worker.batchlines import parse
 from worker.config import Config
+from worker.database import INTAKE_LOCKS
 from worker.errors import NotFound, UsageError
 from worker.events import origin
 from worker.export import ExportRow, file_line
@@ -71,7 +72,7 @@ def _warn(batch_id: UUID, error: str, where: str) -> None:
 
 
 # Only saves work: should it be lost along with its connection, each step is guarded by itself.
-_LOCK = text("SELECT pg_try_advisory_xact_lock(hashtextextended(CAST(:id AS text), 1))")
+_LOCK = text(f"SELECT pg_try_advisory_xact_lock(hashtextextended(CAST(:id AS text), {INTAKE_LOCKS}))")
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker.database import run
 from worker.errors import NotFound, UsageError
 from worker.job import new_id
 
@@ -87,7 +88,7 @@ async def create(
     if rpm is not None and not 1 <= rpm <= MOST_RPM:
         raise UsageError(f"rpm of a key: expected 1 to {MOST_RPM} requests a minute, or none for no limit")
     secret = MARK + secrets.token_urlsafe(32)
-    values = {
+    values: dict[str, Any] = {
         "id": new_id(),
         "tenant": tenant,
         "name": name,
@@ -96,9 +97,8 @@ async def create(
         "scopes": [scope.value for scope in Scope if scope in scopes],
         "rpm": rpm,
     }
-    async with db.connect() as connection:
-        row = (await connection.execute(_CREATE, values)).mappings().one()
-    return NewKey(secret, Key(**row))
+    (row,) = await run(db, _CREATE, **values)
+    return NewKey(secret, Key(**row._mapping))
 
 
 def check_name(what: str, given: str) -> str:
@@ -110,9 +110,8 @@ def check_name(what: str, given: str) -> str:
 
 async def list(db: AsyncEngine) -> Sequence[Key]:
     """All keys, the newest first, revoked ones included."""
-    async with db.connect() as connection:
-        rows = await connection.execute(text(f"SELECT {_COLUMNS} FROM api_keys ORDER BY created_at DESC, id DESC"))
-        return [Key(**row) for row in rows.mappings()]
+    rows = await run(db, text(f"SELECT {_COLUMNS} FROM api_keys ORDER BY created_at DESC, id DESC"))
+    return [Key(**row._mapping) for row in rows]
 
 
 async def revoke(db: AsyncEngine, which: str) -> Key:
@@ -126,8 +125,8 @@ async def revoke(db: AsyncEngine, which: str) -> Key:
     if len(found) > 1:
         raise UsageError(f"{len(found)} keys are called {which[:100]!r}: revoke by id, see `backstop keys list`")
     sql = f"UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = :id RETURNING {_COLUMNS}"
-    async with db.connect() as connection:
-        return Key(**(await connection.execute(text(sql), {"id": found[0].id})).mappings().one())
+    (row,) = await run(db, text(sql), id=found[0].id)
+    return Key(**row._mapping)
 
 
 # Most requests write nothing: the time of last use is kept to the minute.
@@ -155,8 +154,7 @@ async def verify_all(db: AsyncEngine, asked: Sequence[str]) -> Sequence[Caller |
     hashes = {digest for digest in digests if digest}
     if not hashes:
         return [None] * len(asked)
-    async with db.connect() as connection:
-        rows = (await connection.execute(_VERIFY, {"hashes": [*hashes]})).all()
+    rows = await run(db, _VERIFY, hashes=[*hashes])
     return [next((_caller(row) for row in rows if digest and hmac.compare_digest(row.hash, digest)), None) for digest in digests]
 
 

@@ -16,6 +16,7 @@ from uuid import UUID
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker.database import run
 from worker.errors import Unreadable, UsageError
 from worker.export import ExportRow
 from worker.job import Answer, JobState, Lane
@@ -32,6 +33,8 @@ from worker.views import (
     Standing,
     WorkerView,
 )
+
+READ_S = 30.0  # a read that takes longer is given up: figures of many months take a while
 
 _MAYBE_BILLED = "c.billing <> 'free'"
 _UNKNOWN = f"count(*) FILTER (WHERE {_MAYBE_BILLED} AND c.cost_usd IS NULL)"
@@ -294,5 +297,4 @@ def _of(table: str, tenant: str | None) -> str:
 
 
 async def _rows(db: AsyncEngine, sql: str, **values: Any) -> Sequence[RowMapping]:
-    async with db.connect() as connection:
-        return (await connection.execute(text(sql), values)).mappings().all()
+    return [row._mapping for row in await run(db, text(sql), limit_s=READ_S, **values)]

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker.database import jsonb, run
 from worker.dispatch import Publish, withdraw
-from worker.errors import BackstopError, UsageError
+from worker.errors import KeyReused, UsageError
 from worker.job import ChatRequest, Lane, new_id
 from worker.tally import CLOSE_BATCH
 
@@ -82,10 +82,6 @@ class Parameters(TypedDict, total=False):
     repetition_penalty: float
     reasoning: dict[str, Any]
     thinking: dict[str, Any]
-
-
-class KeyReused(BackstopError):
-    """The idempotency key belongs to another request."""
 
 
 _INSERT = text("""

@@ -106,6 +106,7 @@ jobs = Table(
         "uq_jobs_tenant_idempotency_key", "tenant", "idempotency_key", unique=True,
         postgresql_where=text("idempotency_key IS NOT NULL"),
     ),
+    Index("ix_jobs_tenant", "tenant", "id"),  # list
     Index("uq_jobs_batch_id_ordinal", "batch_id", "ordinal", unique=True, postgresql_where=text("batch_id IS NOT NULL")),  # submit
     Index(  # dispatch
         "ix_jobs_ready", "lane", "batch_id", "run_at", "id",

@@ -21,6 +21,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from worker.database import run
 from worker.grouping import Group
 
 CHANNEL = "backstop:ended"
@@ -148,8 +149,7 @@ class Endings:
         return [ended.intersection(job_ids) for job_ids in asked]
 
     async def _ended_among(self, job_ids: Collection[UUID]) -> set[UUID]:
-        async with self._db.connect() as connection:
-            return set((await connection.execute(_ENDED, {"ids": list(job_ids)})).scalars())
+        return {row.id for row in await run(self._db, _ENDED, ids=list(job_ids))}
 
     async def _poll(self) -> None:
         while True:

@@ -15,8 +15,8 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker.database import STATEMENT_S, promptly, run
-from worker.errors import NotFound, UsageError
+from worker.database import STATEMENT_S, WEBHOOK_LOCKS, promptly, run
+from worker.errors import NotFound, TooMany, UsageError
 from worker.job import new_id
 
 Event = Literal["job.succeeded", "job.failed", "job.expired", "job.cancelled", "batch.finished"]
@@ -62,15 +62,11 @@ class Delivery:
     error_code: str | None
 
 
-class TooMany(UsageError):
-    """The tenant has MOST webhooks."""
-
-
 _COLUMNS = "id, tenant, url, events, created_at, failing_since, disabled_at"
 _OWN = "(CAST(:tenant AS text) IS NULL OR tenant = :tenant)"
 
 # Two who create go one after the other, so that the second counts what the first has made.
-_SERIALIZE = text("SELECT pg_advisory_xact_lock(hashtextextended(CAST(:tenant AS text), 2))")
+_SERIALIZE = text(f"SELECT pg_advisory_xact_lock(hashtextextended(CAST(:tenant AS text), {WEBHOOK_LOCKS}))")
 
 _CREATE = text(f"""
 INSERT INTO webhooks (id, tenant, url, events, secret)

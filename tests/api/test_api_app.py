@@ -2,9 +2,14 @@
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from uuid import UUID, uuid4
 
+import pytest
 from fastapi import APIRouter
+from sqlalchemy import text
 
 from api.envelope import MAX_BODY_BYTES
 from api.openai_errors import speaks_openai
@@ -224,3 +229,52 @@ def test_postgres_being_away_is_a_503_that_says_when_to_come_back(stage):
         stage.sql("UPDATE pg_database SET datallowconn = true WHERE datname = current_database()")
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
     assert response.headers["Content-Type"] == "application/problem+json"
+
+
+@contextmanager
+def locked(stage, table):
+    """Nobody reads the table meanwhile."""
+    with stage.ledger.connect() as connection, connection.begin():
+        connection.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
+        yield
+
+
+@contextmanager
+def held_up(stage, table, path, engine):
+    """Requests for `path` have every connection of the engine, and wait for the table."""
+    pool = getattr(stage.client.app.state.parts, engine).pool
+    with ThreadPoolExecutor(12) as threads:
+        with locked(stage, table):
+            waiting = [threads.submit(stage.client.get, path) for _ in range(12)]
+            while pool.checkedout() < pool.size():
+                time.sleep(0.01)
+            yield
+        assert {one.result().status_code for one in waiting} == {200}
+
+
+@pytest.mark.parametrize("path", ["/v1/costs", "/v1/jobs", "/v1/providers"])
+def test_figures_and_lists_that_take_long_hold_up_nothing_else(stage, path):
+    with held_up(stage, "provider_calls", path, "reports"):
+        assert stage.client.get("/v1/files").status_code == 200
+
+
+def test_however_busy_the_connections_are_a_key_is_known_or_refused(stage):
+    with held_up(stage, "files", "/v1/files", "db"):
+        assert stage.client.get("/v1/models").status_code == 200
+        assert stage.client.get("/v1/models", headers={"Authorization": "Bearer backstop_sk_x"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "limit"),
+    [
+        ("jobs", "/v1/jobs", "worker.reads.READ_S"),
+        ("jobs", "/v1/jobs/0193e5c8-f0a6-7c9a-8d0f-6a1b2c3d4e5f?wait=1", "worker.reads.READ_S"),
+        ("api_keys", "/v1/models", "worker.database.STATEMENT_S"),
+        ("files", "/v1/files", "worker.database.STATEMENT_S"),
+    ],
+)
+def test_a_silent_postgres_is_a_503_in_the_end(stage, monkeypatch, table, path, limit):
+    monkeypatch.setattr(limit, 0.2)
+    with locked(stage, table):
+        response = stage.client.get(path)
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")

@@ -8,6 +8,7 @@ import pytest
 from worker import database, file_batches
 from worker.config import load
 from worker.intake import tend
+from worker.new_file_batch import MOST_UNFINISHED
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -218,6 +219,15 @@ def test_a_file_that_is_not_there_is_a_404_and_one_of_ours_is_no_input(stage, co
     refused(post(stage, got(stage, batch)["output_file_id"]), 400, "batch_output, not batch", "input_file_id")
 
 
+@pytest.mark.parametrize("again", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}])
+def test_a_post_sent_again_is_its_batch_although_the_input_file_is_gone(stage, again):
+    file_id = uploaded(stage, lines("T-1"))
+    first = post(stage, file_id, {name: value for name, value in again.items() if name == "Idempotency-Key"}).json()
+    stage.client.delete(f"/v1/files/{file_id}")
+    assert post(stage, file_id, again).json()["id"] == first["id"]
+    refused(post(stage, file_id, {"Idempotency-Key": "another"}), 404, "there is no file", "input_file_id")
+
+
 def test_a_retry_of_the_sdk_is_the_batch_of_before(stage):
     file_id = uploaded(stage, lines("T-1"))
     first = post(stage, file_id, metadata={"day": "1"}).json()
@@ -321,7 +331,7 @@ def test_with_too_many_unfinished_batches_a_new_one_is_refused_and_not_sent_agai
                SELECT gen_random_uuid(), 'default', 'b' || n, 'loading', '' FROM generate_series(1, :n) n RETURNING id)
            INSERT INTO file_batches (batch_id, tenant, state, input_file_id, completion_window, fingerprint, expires_at)
            SELECT id, 'default', 'validating', id, '24h', '', now() + interval '1 day' FROM b""",
-        n=file_batches.MOST_UNFINISHED,
+        n=MOST_UNFINISHED,
     )
     response = post(stage, file_id)
     assert refused(response, 429, "wait for some")["code"] == "too_many_batches"
