@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
@@ -23,7 +22,7 @@ from worker.embedded.attach import attached
 from worker.errors import UsageError
 from worker.keys import check_name
 from worker.settings import Settings, read_settings
-from worker.transport import bell_of, publish
+from worker.transport import Bell
 from worker.waiting import Endings
 
 if TYPE_CHECKING:
@@ -117,14 +116,14 @@ async def _connect(settings: Settings, loop: asyncio.AbstractEventLoop) -> Links
         db = engine(str(settings.database_url))
         stack.push_async_callback(db.dispose)
         try:
-            bell = bell_of(str(settings.redis_url))
+            bell = Bell(str(settings.redis_url))
             ears = Redis.from_url(str(settings.redis_url), socket_timeout=2, socket_connect_timeout=1, retry=AsyncRetry(NoBackoff(), 0))
         except ValueError:
             raise UsageError("redis_url (or REDIS_URL): no URL of a Redis: expected redis://:password@host:6379/0") from None
         stack.callback(bell.close)
         stack.push_async_callback(ears.aclose)
         endings = await stack.enter_async_context(Endings(db, ears))
-        return Links(os.getpid(), loop, stack.pop_all(), db, partial(publish, bell), endings)
+        return Links(os.getpid(), loop, stack.pop_all(), db, bell.publish, endings)
 
 
 @contextmanager

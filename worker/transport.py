@@ -9,6 +9,7 @@ from __future__ import annotations
 import binascii
 import json
 import re
+import time
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,24 +30,45 @@ TIDY = "backstop.tidy"
 MOST_BYTES = 64 * 1024  # of a message; the largest of ours has an eighth of that
 MOST_JOBS = 100  # in one message, as `Settings.pack_size`
 
+QUIET_S = 1.0  # for so long a Redis that failed is not rung
+PROBE_S = 4.0  # longer than one attempt takes, to connect and to wait
+
 log = structlog.get_logger(__name__)
 _QUEUES = frozenset(map(queue_name, Lane))
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,80}")
 
 
-def bell_of(url: str) -> redis.Redis:
-    """What `publish` rings: connects when first rung, anew in a child after a fork, answers or fails fast, and never tries again by
-    itself. Raises ValueError when the URL is none of a Redis."""
-    return redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+class Bell:
+    """Puts messages on the queues, from any thread. Connects when first rung, anew in a child after a fork, answers or fails fast, and
+    never tries again by itself. Raises ValueError when the URL is none of a Redis.
 
+    A Redis that failed is left alone for a second, and then rung by one at a time until it answers: to wait for a silent one costs
+    each who waits 2 s of a thread, and the leader publishes what was not rung for.
+    """
 
-def publish(bell: redis.Redis, lane: Lane, delivery_id: UUID, job_ids: Sequence[UUID]) -> None:
-    """One message is on the lane's queue, in a single command. Safe to call from any thread. Raises RedisError when it is not known to
-    have arrived."""
-    # Not by Celery's own producer: its application has one broker in a process, that of the environment, while a host may give
-    # several in code. A worker makes every message anew in these words anyway, and one so written costs a third of the time.
-    queue = queue_name(lane)
-    bell.lpush(queue, message_of(queue, TASK, str(delivery_id), {"job_ids": [str(job_id) for job_id in job_ids]}))
+    def __init__(self, url: str) -> None:
+        self._redis = redis.Redis.from_url(url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+        self._failed = False
+        self._quiet_until = 0.0
+
+    def publish(self, lane: Lane, delivery_id: UUID, job_ids: Sequence[UUID]) -> None:
+        """One message is on the lane's queue, in a single command. Raises RedisError when it is not known to have arrived."""
+        # Not by Celery's own producer: its application has one broker in a process, that of the environment, while a host may give
+        # several in code. A worker makes every message anew in these words anyway, and one so written costs a third of the time.
+        now, queue = time.monotonic(), queue_name(lane)
+        if now < self._quiet_until:
+            raise redis.ConnectionError("Redis did not answer a moment ago")
+        if self._failed:
+            self._quiet_until = now + PROBE_S
+        try:
+            self._redis.lpush(queue, message_of(queue, TASK, str(delivery_id), {"job_ids": [str(job_id) for job_id in job_ids]}))
+        except BaseException:
+            self._failed, self._quiet_until = True, time.monotonic() + QUIET_S
+            raise
+        self._failed, self._quiet_until = False, 0.0
+
+    def close(self) -> None:
+        self._redis.close()
 
 
 def install() -> None:

@@ -43,7 +43,7 @@ from worker.resilience.gate import Gates, Limits
 from worker.settings import Settings
 from worker.slots import Slots
 from worker.step import Station, Steps
-from worker.transport import bell_of, publish
+from worker.transport import Bell
 from worker.waiting import announce
 
 log = structlog.get_logger(__name__)
@@ -77,10 +77,10 @@ async def connections(settings: Settings, config: Config | None = None, fleet: C
     assert settings.database_url is not None
     assert settings.redis_url is not None
     db, redis = engine(settings.database_url), redis_client(settings.redis_url)
-    gate_redis, bell = redis_client(settings.redis_url), bell_of(settings.redis_url)
+    gate_redis, bell = redis_client(settings.redis_url), Bell(settings.redis_url)
     gates = Gates(gate_redis, limits(config) if config else {}, fleet=fleet)
     try:
-        yield Connections(db, redis, gates, partial(publish, bell))
+        yield Connections(db, redis, gates, bell.publish)
     finally:
         bell.close()
         await gates.aclose()

@@ -37,6 +37,7 @@ from worker.deathwatch import DeathWatch
 from worker.dispatch import Dispatcher
 from worker.keeper import Keeper
 from worker.providers.openai import OpenAICompatible
+from worker.transport import Bell
 
 __all__ = ["app"]
 
@@ -55,8 +56,8 @@ POINTS: Mapping[str, tuple[Any, str, str]] = {
     "after_statement": (database, "_rows", "after"),
     "before_beat": (Keeper, "_beat_once", "before"),
     "after_dispatch_commit": (Dispatcher, "_send", "before"),
-    "before_publish": (wiring, "publish", "before"),  # the leader's, in a thread of its own
-    "after_publish": (wiring, "publish", "after"),
+    "before_publish": (Bell, "publish", "before"),  # the leader's, in a thread of its own
+    "after_publish": (Bell, "publish", "after"),
     "in_rescue": (keeper, "rescue", "before"),
 }
 
