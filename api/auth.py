@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
-from starlette.types import ASGIApp, Receive, Send
+from sqlalchemy.exc import DBAPIError
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
+from api.envelope import BrokenOff
 from api.parts import Parts
 from api.paths import path_of
 from api.rate import Meter
 from worker import keys
+
+CHECK_S = 1.0  # for so long a stream goes on under a key that was revoked
 
 _BEARER = HTTPBearer(auto_error=False, description="An API key, as `backstop keys create` prints it.")
 
@@ -31,6 +36,7 @@ class Doorkeeper:
             request = Request(scope)
             caller = request.state.caller = await _caller(request)
             send = await self._meter.counted(request.app.state.parts.redis, caller, send)
+            send = _while_it_works(request, send)
         await self._app(scope, receive, send)
 
 
@@ -46,6 +52,26 @@ async def _caller(request: Request) -> keys.Caller:
         challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
         raise HTTPException(401, "this API key is not known here, or it was revoked", challenge)
     return caller
+
+
+def _while_it_works(request: Request, send: Send) -> Send:
+    """`send` for the answer to whoever had a key when asking. Raises BrokenOff in the middle of a stream if the key was revoked since."""
+    clock = asyncio.get_running_loop().time
+    checked_at = clock()
+
+    async def sent(message: Message) -> None:
+        nonlocal checked_at
+        if message.get("more_body") and clock() - checked_at >= CHECK_S:
+            checked_at = clock()
+            try:
+                await _caller(request)
+            except HTTPException:
+                raise BrokenOff from None
+            except DBAPIError:
+                pass  # without Postgres no key can be revoked, and a stream lives through its absence
+        await send(message)
+
+    return sent
 
 
 def allowed(scope: keys.Scope) -> Callable[[Request, object], Awaitable[keys.Caller]]:

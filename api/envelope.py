@@ -48,6 +48,8 @@ class Envelope:
 
         try:
             await self._app(scope, receive, sent)
+        except BrokenOff:
+            raise
         except Exception as error:
             # Frames only: the message of a driver's or a client's exception may hold a prompt.
             where = traceback.format_list(traceback.extract_tb(error.__traceback__)[-5:])

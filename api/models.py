@@ -47,7 +47,7 @@ async def retrieve_model(model: str, caller: Reads, parts: Opened) -> ModelOut:
     found = _models(parts.config).get(model)
     if found is None:
         raise OpenAIError(
-            404, f"the model {model!r} does not exist: GET /v1/models lists those that do", code="model_not_found", param="model"
+            404, f"the model {model[:100]!r} does not exist: GET /v1/models lists those that do", code="model_not_found", param="model"
         )
     return found
 

@@ -33,7 +33,6 @@ class Spelled:
         return {**handler(schema), "pattern": self.pattern}
 
 
-STORABLE = r"^[^\x00]*$"
-NoNul = Spelled(STORABLE, "a text without NUL characters")
+NoNul = Spelled(r"^[^\x00]*$", "a text without NUL characters")
 IdempotencyKey = Annotated[Annotated[str, Spelled(f"^{IDEMPOTENCY_KEY.pattern}$", IDEMPOTENCY_KEY_IS)] | None, Header()]
 Span = Annotated[str, Spelled(r"^[0-9]{1,4}[mhdw]$", "a number and m, h, d or w, as in 7d")]

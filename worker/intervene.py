@@ -16,6 +16,7 @@ from worker.job import JobState
 from worker.selection import ALL, Selection
 from worker.tally import CLOSE_BATCH, COUNTED
 
+# A running job has not ended by this: `moved` calls it queued, for COUNTED counts those as not ended.
 _CANCEL = text(f"""
 WITH target AS (
     SELECT id FROM jobs

@@ -13,7 +13,8 @@ told AS (
     WHERE w.disabled_at IS NULL AND EXISTS (SELECT FROM webhooks WHERE disabled_at IS NULL)
 )"""
 
-# Shared tail of all statements whose CTE `moved(id, batch_id, state, degraded)` ends jobs. A job of a batch is no news, its batch is.
+# Shared tail of all statements whose CTE `moved(id, batch_id, state, degraded)` ends jobs; those it calls queued have
+# not ended. A job of a batch is no news, its batch is.
 COUNTED = f"""
 counted AS (
     UPDATE batches b SET

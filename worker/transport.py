@@ -1,5 +1,7 @@
-"""What comes out of the queues. Whoever reaches Redis can put anything there, so our own words are read out of a message
-and made into a new one; all else stays outside of Celery, which would log it whole, or end the worker over it.
+"""What goes into the queues, by a `Bell`, and what comes out of them.
+
+Whoever reaches Redis can put anything there, so our own words are read out of a message and made into a new one; all else
+stays outside of Celery, which would log it whole, or end the worker over it.
 
 A message that is refused is lost and costs nothing but time: the ledger knows its jobs and publishes them again.
 """

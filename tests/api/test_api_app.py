@@ -174,8 +174,8 @@ def a_batch(stage, rows):
 
 
 def test_results_of_a_batch_come_as_they_end_each_once_until_all_have(stage, monkeypatch):
-    monkeypatch.setattr("api.batches._PAGE", 3)
-    monkeypatch.setattr("api.batches._FOLLOW_S", 0.01)
+    monkeypatch.setattr("api.results._PAGE", 3)
+    monkeypatch.setattr("api.results._FOLLOW_S", 0.01)
     ids = a_batch(stage, 10)
     for ordinal in (1, 5, 8):
         stage.succeed(ids[ordinal - 1])

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api import batches, follow
-from api.batches import Sent
+from api import batches, follow, results
+from api.results import Sent
 from worker.job import new_id
 
 
 @pytest.fixture(autouse=True)
 def quick_looks(monkeypatch):
-    monkeypatch.setattr(batches, "_FOLLOW_S", 0.01)
+    monkeypatch.setattr(results, "_FOLLOW_S", 0.01)
 
 
 def a_batch(stage, rows, name="monday"):
@@ -62,7 +62,7 @@ def read(stage, batch_id, cursor, most):
 
 @pytest.mark.parametrize("cut_after", [1, 2, 3, 7])
 def test_a_client_that_is_cut_off_again_and_again_gets_every_job(stage, cut_after, monkeypatch):
-    monkeypatch.setattr(batches, "_MARKS", 4)
+    monkeypatch.setattr(results, "_MARKS", 4)
     batch_id, ids = a_batch(stage, 20)
     orders = [(2, 3, 7), (1, 4, 8, 12), (5, 6, 9, 10, 11), (20, 19, 18, 17, 16, 15, 14, 13)]
     got, cursor = [], "0"
@@ -101,8 +101,8 @@ def test_with_many_jobs_missing_the_cursor_stays_short_and_only_later_rows_come_
 
 
 def test_it_goes_no_further_than_so_many_unfinished_jobs(stage, monkeypatch):
-    monkeypatch.setattr(batches, "_MARKS", 5)
-    monkeypatch.setattr(batches, "_MOST_MISSING", 8)
+    monkeypatch.setattr(results, "_MARKS", 5)
+    monkeypatch.setattr(results, "_MOST_MISSING", 8)
     batch_id, ids = a_batch(stage, 40)
     finish(stage, ids, 5, 10, 40)
     sent = Sent()
@@ -111,7 +111,7 @@ def test_it_goes_no_further_than_so_many_unfinished_jobs(stage, monkeypatch):
 
     async def story():
         seen = []
-        async for row in batches._as_they_end(stage.client.app.state.parts.db, batch_id, sent):
+        async for row in results.as_they_end(stage.client.app.state.parts.db, batch_id, sent):
             assert len(sent.missing) < 8 + 5
             if row is not None:
                 seen.append(row.ordinal)
@@ -126,7 +126,7 @@ def test_it_goes_no_further_than_so_many_unfinished_jobs(stage, monkeypatch):
 
 
 def test_it_finds_what_ended_behind_any_number_of_jobs_that_have_not(stage, monkeypatch):
-    monkeypatch.setattr(batches, "_MARKS", 3)
+    monkeypatch.setattr(results, "_MARKS", 3)
     batch_id, ids = a_batch(stage, 50)
     finish(stage, ids, 49)
     (first,) = read(stage, batch_id, "0", 1).splitlines()
@@ -137,13 +137,13 @@ def test_it_finds_what_ended_behind_any_number_of_jobs_that_have_not(stage, monk
 
 
 def test_rows_that_nobody_asked_about_yet_are_not_remembered(stage, monkeypatch):
-    monkeypatch.setattr(batches, "_MARKS", 10)
+    monkeypatch.setattr(results, "_MARKS", 10)
     batch_id, ids = a_batch(stage, 50)
     finish(stage, ids, 1, 3)
     sent = Sent()
 
     async def story():
-        async for row in batches._as_they_end(stage.client.app.state.parts.db, batch_id, sent):
+        async for row in results.as_they_end(stage.client.app.state.parts.db, batch_id, sent):
             if row is None:
                 return
 
@@ -160,8 +160,8 @@ def test_in_whatever_order_jobs_end_and_wherever_it_is_cut_off_no_job_is_left_ou
     batch_id, ids = a_batch(stage, len(order), name=new_id().hex)
     ended, got, cursor = 0, [], "0"
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(batches, "_MARKS", 3)
-        small.setattr(batches, "_PAGE", 2)
+        small.setattr(results, "_MARKS", 3)
+        small.setattr(results, "_PAGE", 2)
         for ends, most in [*steps, (len(order), 0)]:
             finish(stage, ids, *order[ended : ended + ends])
             ended = min(ended + ends, len(order))

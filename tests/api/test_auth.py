@@ -1,9 +1,15 @@
 """Keys as a client meets them: what comes first, what a key may do, how often."""
 
+from contextlib import suppress
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
+from api import auth
+from api.envelope import BrokenOff, Envelope
 from worker import keys
 
 SCOPES = {
@@ -96,6 +102,50 @@ def test_a_revoked_key_is_refused_from_the_next_request_on(stage):
     stage.sql("UPDATE api_keys SET revoked_at = now() WHERE tenant = 'acme'")
     response = stage.client.get("/v1/jobs", headers=headers)
     assert (response.status_code, response.headers["WWW-Authenticate"]) == (401, 'Bearer error="invalid_token"')
+
+
+def streamed(stage, headers, meanwhile):
+    """What a client with these headers gets of a stream in whose middle something happens."""
+    sent = []
+    scope = {
+        "type": "http", "method": "GET", "path": "/v1/streamed", "query_string": b"", "app": stage.client.app,
+        "headers": [(b"authorization", headers["Authorization"].encode())],
+    }  # fmt: skip
+
+    async def route(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"before", "more_body": True})
+        meanwhile()
+        await send({"type": "http.response.body", "body": b"after", "more_body": True})
+
+    async def send(message):
+        sent.append(message.get("body"))
+
+    async def served():
+        with suppress(BrokenOff):
+            await Envelope(auth.Doorkeeper(route))(scope, None, send)
+
+    with capture_logs() as logged:
+        stage.client.portal.call(served)
+    assert not logged  # that a key is revoked is no failure of ours
+    return sent[1:]
+
+
+def test_a_stream_breaks_off_when_its_key_is_revoked(stage, monkeypatch):
+    monkeypatch.setattr(auth, "CHECK_S", 0)
+    headers = stage.key(tenant="acme")
+    assert streamed(stage, headers, lambda: stage.sql("UPDATE api_keys SET revoked_at = now() WHERE tenant = 'acme'")) == [b"before"]
+    assert streamed(stage, stage.key(tenant="acme"), lambda: None) == [b"before", b"after"]
+
+
+def test_a_stream_goes_on_while_postgres_is_away(stage, monkeypatch):
+    monkeypatch.setattr(auth, "CHECK_S", 0)
+    gone = Mock(side_effect=OperationalError(None, None, ConnectionError()))
+    assert streamed(stage, stage.key(), lambda: monkeypatch.setattr(stage.client.app.state.parts.callers, "_send", gone)) == [
+        b"before",
+        b"after",
+    ]
+    gone.assert_called_once()
 
 
 def test_a_scope_that_this_version_does_not_know_allows_nothing_and_breaks_nothing(stage):
