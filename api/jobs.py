@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Header, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
@@ -23,6 +24,7 @@ from api.spelling import IdempotencyKey, NoNul, Span
 from api.streams import documented_events
 from worker import intervene, reads, waiting
 from worker.batchlines import chat_request
+from worker.config import Config
 from worker.errors import NotFound, UsageError
 from worker.job import ChatRequest, JobState, Lane
 from worker.selection import Selection
@@ -58,9 +60,8 @@ async def submit_job(
     request it is a 422. Two at once are one job as well: the second waits in Postgres for the first one's commit, so
     that there is no 409. 429: too many interactive jobs of the tenant are queued (`BACKSTOP_MAX_QUEUED`).
     """
-    parts.config.chain(body.chain)
     new = NewJob(
-        request=_checked(body),
+        request=_checked(body, parts.config),
         chain=body.chain,
         lane=body.lane,
         deadline_s=body.deadline_s,
@@ -80,11 +81,16 @@ async def submit_job(
     return JobOut.of(job)
 
 
-def _checked(body: JobIn) -> ChatRequest:
+def _checked(body: JobIn, config: Config) -> ChatRequest:
+    """What is to be asked. Raises RequestValidationError naming the field that cannot be used."""
     try:
+        config.chain(body.chain)
         return chat_request(body.chat_body())
+    except UsageError as error:
+        field, why = "chain", str(error)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        field, _, why = str(error).partition(": ")
+    raise RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": why}])
 
 
 class Wanted(BaseModel):

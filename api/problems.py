@@ -146,7 +146,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
 def _place(loc: Sequence[str | int]) -> str:
     """As `messages[0].content`, behind where it stands: body, query, path or header."""
     parts = [part for part in loc if part != "[key]"]  # so pydantic marks that of an entry its key is meant
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:200]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:250]
 
 
 def _said(body: object, fault: Mapping[str, Any]) -> str:
