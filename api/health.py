@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.parts import Opened
 from api.problems import documented, problem
-from worker import database
+from worker import schema
 from worker.errors import Unreachable
 
 _LIMIT_S = 1.0
@@ -43,7 +43,7 @@ async def readyz(request: Request, parts: Opened) -> Response:
 async def _postgres(url: URL) -> str | None:
     try:
         async with asyncio.timeout(_LIMIT_S):
-            return await database.pending(url.render_as_string(hide_password=False))
+            return await schema.pending(url.render_as_string(hide_password=False))
     except TimeoutError:
         return f"Postgres did not answer within {_LIMIT_S:g} s"
     except (Unreachable, SQLAlchemyError):

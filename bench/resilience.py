@@ -28,9 +28,9 @@ from bench.resilience_plan import FULL, SHORT, WARM_UP, WARM_UP_S, Plan
 from bench.resilience_stage import Rival
 from bench.resilience_table import table
 from bench.throughput import machine
-from worker.database import upgrade
 from worker.embedded.servers import running
 from worker.errors import BackstopError
+from worker.schema import upgrade
 from worker.settings import Settings
 from worker.wiring import connections
 

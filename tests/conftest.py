@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Iterator
 from urllib.parse import urlsplit, urlunsplit
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import settings
 from redis import Redis
 
-from worker import database
+from worker import schema
 from worker.embedded.servers import Endpoints, running
 
 settings.register_profile("backstop", deadline=None, derandomize=False, print_blob=True)
@@ -20,6 +21,11 @@ settings.load_profile("backstop")
 
 _TEMPLATE = "template_backstop"
 _numbers = itertools.count(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores: a test waits for other processes as often as it computes."""
+    return (os.cpu_count() or 1) * 3 // 2
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +40,7 @@ def _administrator(servers: Endpoints) -> Iterator[psycopg.Connection]:
     """A connection that makes databases; the template with the newest schema is there."""
     with psycopg.connect(servers.database_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {_TEMPLATE}".encode())
-        asyncio.run(database.upgrade(_named(servers, _TEMPLATE)))
+        asyncio.run(schema.upgrade(_named(servers, _TEMPLATE)))
         yield connection
 
 

@@ -15,7 +15,7 @@ import psycopg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from worker import database
+from worker import database, schema
 from worker.calls import Call
 from worker.cost import Usage
 from worker.embedded.servers import Endpoints
@@ -34,7 +34,7 @@ def own_database(servers: Endpoints, name: str) -> Iterator[str]:
     with psycopg.connect(servers.database_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
         url = urlunsplit(urlsplit(servers.database_url)._replace(path=f"/{name}"))
-        asyncio.run(database.upgrade(url))
+        asyncio.run(schema.upgrade(url))
         yield url
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 

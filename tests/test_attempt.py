@@ -22,12 +22,13 @@ from worker.calls import open_calls
 from worker.chain import Chain
 from worker.config import Config
 from worker.cost import Pricing, Usage
-from worker.database import driver_url, engine, upgrade
+from worker.database import driver_url, engine
 from worker.grouping import Group
 from worker.job import Answer, ChatRequest, Lane, new_id
 from worker.providers.provider import Reply
 from worker.resilience.cache import AnswerCache
 from worker.resilience.gate import Gates
+from worker.schema import upgrade
 from worker.settlement import Cancelled, Released
 from worker.signals import Signal
 from worker.slots import Slots

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
-from worker import database, reads
+from worker import database, reads, schema
 from worker.calls import NewCall, Stopwatch, open_calls
 from worker.config import ProviderConfig
 from worker.cost import IMAGE_TOKENS, Pricing, Usage, estimated_tokens
@@ -173,7 +173,7 @@ def test_the_mark_can_be_taken_back_and_made_again(database_url):
         engine.dispose()
         return found
 
-    config = database._alembic(database_url)
+    config = schema._alembic(database_url)
     command.downgrade(config, "0002")
     assert "estimated" not in columns()
     command.upgrade(config, "head")

@@ -8,7 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
-from worker import database
+from worker import database, schema
 from worker.tables import metadata
 
 
@@ -31,11 +31,11 @@ def _emptied(url):
 
 
 def test_upgrades_from_nothing_at_once_and_again_make_exactly_the_tables_of_the_code(database_url):
-    upgrade = f"import asyncio; from worker import database; asyncio.run(database.upgrade({database_url!r}))"
+    upgrade = f"import asyncio; from worker import schema; asyncio.run(schema.upgrade({database_url!r}))"
     _emptied(database_url)
-    assert asyncio.run(database.pending(database_url)) is not None
+    assert asyncio.run(schema.pending(database_url)) is not None
     processes = [subprocess.Popen([sys.executable, "-c", upgrade]) for _ in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
-    asyncio.run(database.upgrade(database_url))
-    assert asyncio.run(database.pending(database_url)) is None
+    asyncio.run(schema.upgrade(database_url))
+    assert asyncio.run(schema.pending(database_url)) is None
     assert _compared(database_url) == ([], ["bulk", "interactive"])

@@ -1,4 +1,4 @@
-"""The way to Postgres: engine, and its schema at the version this code needs."""
+"""The way to Postgres: an engine, and statements that are committed or fail in time."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import asyncio
 import json
 import re
 from collections.abc import Coroutine, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from psycopg.errors import DeadlockDetected
-from sqlalchemy import Connection, NullPool, TextClause, create_engine, make_url
+from sqlalchemy import NullPool, TextClause, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from worker.errors import Unreachable, UsageError
 
-MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 STATEMENT_S = 15.0  # a server that is silent for so long is taken for gone; whatever is sent may be sent again
 
 # Second halves of advisory locks, so that those of one text are not one lock.
@@ -124,49 +118,6 @@ def jsonb(value: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> str 
         return None
     encoded = _SURROGATE.sub("\ufffd", json.dumps(value, ensure_ascii=False))
     return _NUL.sub(r"\1\\ufffd", encoded) if "\\u0000" in encoded else encoded
-
-
-async def upgrade(url: str) -> None:
-    """The schema is at the newest version; safe to run from many processes at once. Raises Unreachable."""
-    await asyncio.to_thread(_upgrade, url)
-
-
-def _upgrade(url: str) -> None:
-    try:
-        command.upgrade(_alembic(url), "head")
-    except DBAPIError as error:
-        raise unreachable(error) from None
-
-
-async def pending(url: str) -> str | None:
-    """What keeps the schema from being the one this code needs, as a sentence, or None. Raises Unreachable."""
-    return await asyncio.to_thread(_pending, url)
-
-
-def _pending(url: str) -> str | None:
-    head = ScriptDirectory.from_config(_alembic(url)).get_current_head()
-    sync = create_engine(driver_url(url), connect_args={"connect_timeout": 5})
-    try:
-        with sync.connect() as connection:
-            current = _current(connection)
-    except DBAPIError as error:
-        raise unreachable(error) from None
-    finally:
-        sync.dispose()
-    if current == head:
-        return None
-    return f"the database is at version {current or 'none'}, this code needs {head}: run `backstop db upgrade`"
-
-
-def _current(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def _alembic(url: str) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    config.attributes["url"] = driver_url(url)
-    return config
 
 
 def unreachable(error: DBAPIError) -> Unreachable:

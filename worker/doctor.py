@@ -20,7 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from worker import config, database, repair, spool
+from worker import config, database, repair, schema, spool
 from worker.embedded import postgres, servers, valkey
 from worker.errors import BackstopError
 from worker.settings import Settings
@@ -108,7 +108,7 @@ async def _postgres(given: str | None, embedded: str) -> list[Finding]:
             asked_at = time.time()
             version, now = (await connection.execute(text("SELECT version(), clock_timestamp()"))).one()
             ahead_s = now.timestamp() - (asked_at + time.time()) / 2
-        pending = await database.pending(url)
+        pending = await schema.pending(url)
     except DBAPIError as error:
         return [Finding("Postgres", False, f"{place}: {database.unreachable(error)}", remedy)]
     except BackstopError as error:

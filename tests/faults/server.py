@@ -20,7 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 from proxy import Proxy
 from psycopg import AsyncConnection
 
-from worker import database
+from worker import schema
 from worker.embedded import home, launch
 from worker.embedded.postgres import Postgres
 from worker.embedded.valkey import Valkey
@@ -150,7 +150,7 @@ class Servers:
         async with await AsyncConnection.connect(self.postgres.url(), autocommit=True) as connection:
             if number == 1:
                 await connection.execute(f"CREATE DATABASE {_TEMPLATE}".encode())
-                await database.upgrade(named(self.postgres.url(), _TEMPLATE))
+                await schema.upgrade(named(self.postgres.url(), _TEMPLATE))
             await connection.execute(f"DROP DATABASE IF EXISTS lab_{number - 1} WITH (FORCE)".encode())
             await connection.execute(f"CREATE DATABASE lab_{number} TEMPLATE {_TEMPLATE}".encode())
         return f"lab_{number}"

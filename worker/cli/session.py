@@ -11,7 +11,7 @@ from typing import TypeVar
 from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from worker import database, events
+from worker import database, events, schema
 from worker.config import Config
 from worker.embedded.servers import provided
 from worker.errors import Unreachable
@@ -33,8 +33,8 @@ def servers() -> Iterator[Settings]:
         assert settings.redis_url is not None
         os.environ.update(DATABASE_URL=settings.database_url, REDIS_URL=settings.redis_url)
         if given.database_url is None:
-            asyncio.run(database.upgrade(settings.database_url))
-        elif lacking := asyncio.run(database.pending(settings.database_url)):
+            asyncio.run(schema.upgrade(settings.database_url))
+        elif lacking := asyncio.run(schema.pending(settings.database_url)):
             raise Unreachable(lacking)
         yield settings
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import click
 
-from worker import database, events
+from worker import events, schema
 from worker.cli.screen import json_option, say, show_json, show_table
 from worker.doctor import Finding, examine
 from worker.embedded.servers import provided
@@ -26,7 +26,7 @@ def db_upgrade(as_json: bool) -> None:
     """The schema is at the newest version; safe to run again, and from many places at once."""
     with provided(read_settings()) as settings:
         assert settings.database_url is not None
-        asyncio.run(database.upgrade(settings.database_url))
+        asyncio.run(schema.upgrade(settings.database_url))
     show_json({"ok": True}) if as_json else say("the schema is up to date")
 
 
@@ -36,7 +36,7 @@ def db_check(as_json: bool) -> None:
     """Says whether the schema is the one this code needs; exit 1 when not."""
     with provided(read_settings()) as settings:
         assert settings.database_url is not None
-        lacking = asyncio.run(database.pending(settings.database_url))
+        lacking = asyncio.run(schema.pending(settings.database_url))
     if as_json:
         show_json({"ok": lacking is None, "problem": lacking})
     if lacking:
