@@ -105,6 +105,17 @@ def test_files_past_their_time_are_purged_and_others_kept(database_url):
     play(database_url, story)
 
 
+def test_a_purge_takes_so_many_at_most_and_the_next_one_the_others(database_url, monkeypatch):
+    monkeypatch.setattr(files, "_PURGED", 2)
+
+    async def story(db):
+        for _ in range(3):
+            await a_file(db, expires_s=0)
+        assert [await purge(db) for _ in range(3)] == [2, 1, 0]
+
+    play(database_url, story)
+
+
 def test_two_purges_at_once_are_harmless(database_url):
     async def story(db):
         file = await a_file(db, expires_s=0)

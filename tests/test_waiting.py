@@ -263,3 +263,40 @@ def registered(endings: Endings) -> Callable[[], Awaitable[bool]]:
 
 def forgotten(endings: Endings, job_id: UUID) -> Callable[[], Awaitable[bool]]:
     return lambda: answered(job_id not in endings._waits)
+
+
+def test_who_waits_for_several_waits_for_all_of_them(database_url, redis_url, monkeypatch):
+    monkeypatch.setattr(waiting, "POLL_S", 3600)
+
+    async def story() -> None:
+        async with opened(database_url, redis_url) as (db, redis, endings):
+            first, second = await queued_jobs(db, 2)
+            waiter = asyncio.create_task(endings.wait([first, second], LONG_S))
+            await until(lambda: subscribed(redis))
+            await end(db, first)
+            await announce(redis, [first])
+            await endings.wait([first], LONG_S)
+            assert not waiter.done()
+            await end(db, second)
+            await announce(redis, [second])
+            assert await waiter == set()
+
+    asyncio.run(story())
+
+
+def test_while_nobody_waits_the_database_is_left_alone(database_url, redis_url, monkeypatch):
+    monkeypatch.setattr(waiting, "POLL_S", 0)
+
+    async def story() -> None:
+        async with opened(database_url, redis_url) as (db, _, endings):
+            (job,) = await queued_jobs(db)
+            await endings.wait([job], 0)
+            asked, looked = [], endings._ended_among
+            monkeypatch.setattr(endings, "_ended_among", lambda ids: asked.append(ids) or looked(ids))
+            for _ in range(20):  # time enough for many looks
+                (other,) = await queued_jobs(db)
+            assert asked == []
+            await endings.wait([other], 0)
+            assert asked
+
+    asyncio.run(story())

@@ -153,7 +153,14 @@ def test_any_body_is_a_form_or_refused_and_its_file_is_the_same_however_it_is_cu
 
 @pytest.mark.parametrize(
     "content_type",
-    ["", "application/json", "multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=" + "b" * 300],
+    [
+        "",
+        "application/json",
+        "multipart/mixed; boundary=X",
+        "multipart/form-data",
+        "multipart/form-data; boundary=",
+        "multipart/form-data; boundary=" + "b" * 300,
+    ],
 )
 def test_a_content_type_that_is_no_form_is_refused(stage, content_type):
     assert refused(post(stage, form((FILE, LINE), (PURPOSE, b"batch")), content_type), 400, "", None)
@@ -206,7 +213,13 @@ def test_an_upload_that_breaks_off_leaves_nothing(stage):
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [("Übergröße ✓.jsonl", "Übergröße ✓.jsonl"), ("a" * 300, "a" * 255), ("nul\x00.jsonl", "nul\ufffd.jsonl"), ("..\\..\\x", "..\\..\\x")],
+    [
+        ("Übergröße ✓.jsonl", "Übergröße ✓.jsonl"),
+        ("a" * 300, "a" * 255),
+        ("nul\x00.jsonl", "nul\ufffd.jsonl"),
+        ("..\\..\\x", "..\\..\\x"),
+        ("", "upload"),
+    ],
 )
 def test_a_filename_is_kept_as_far_as_it_can_be(stage, given, kept):
     head = b'Content-Disposition: form-data; name="file"; filename="' + given.replace("\\", "\\\\").encode() + b'"'
