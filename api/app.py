@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -14,7 +15,7 @@ import worker
 from api import batches, chat, figures, file_batches, files, health, jobs, models, problems, webhooks
 from api.admission import Admission
 from api.auth import Doorkeeper
-from api.envelope import Envelope
+from api.envelope import Envelope, news
 from api.follow import Looks
 from api.parts import Parts
 from worker import config, database, keys, reads, wiring
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
     app.add_middleware(Doorkeeper)
     app.add_middleware(ExceptionMiddleware, handlers=app.exception_handlers)
     app.add_middleware(Envelope)
+    logging.getLogger("uvicorn.error").addFilter(news)
     for resource in (jobs, batches, figures, webhooks, files, file_batches, chat, models, health):
         app.include_router(resource.router)
     return app

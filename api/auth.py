@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
+import structlog
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
@@ -21,6 +22,7 @@ from worker import keys
 
 CHECK_S = 1.0  # for so long a stream goes on under a key that was revoked
 
+_log = structlog.get_logger()
 _BEARER = HTTPBearer(auto_error=False, description="An API key, as `backstop keys create` prints it.")
 
 
@@ -66,6 +68,7 @@ def _while_it_works(request: Request, send: Send) -> Send:
             try:
                 await _caller(request)
             except HTTPException:
+                _log.info("stream_broken_off", why="its key was revoked", key_id=str(request.state.caller.key_id))
                 raise BrokenOff from None
             except DBAPIError:
                 pass  # without Postgres no key can be revoked, and a stream lives through its absence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 
@@ -77,7 +78,15 @@ def _bounded(scope: Scope, receive: Receive) -> Receive:
 
 
 class BrokenOff(Exception):
-    """A response that has begun cannot be finished: the server closes the connection, so that the client sees it."""
+    """A response that has begun cannot be finished: the server closes the connection, so that the client sees it.
+
+    Who raises it has logged why.
+    """
+
+
+def news(record: logging.LogRecord) -> bool:
+    """The filter of the server's log: it has nothing to add to what was broken off."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], BrokenOff)
 
 
 def _signed(send: Send, request_id: str) -> Send:

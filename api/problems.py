@@ -102,6 +102,8 @@ async def _http(request: Request, error: Exception) -> Response:
     detail = str(error.detail)
     if detail == HTTPStatus.NOT_FOUND.phrase:  # Starlette's own, of a path without a route
         detail = f"there is no {request.method} {request.url.path[:200]} here"
+        if openai_errors.speaks_openai(f"/v1{path_of(request.scope)}"):
+            return openai_errors.answer(openai_errors.OpenAIError(404, f"{detail}: the base URL has to end with /v1"))
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = ", ".join(_methods(request))
         return problem(request, 405, f"{request.method[:20]} is not for this path; use {allowed}", headers={"Allow": allowed})

@@ -206,7 +206,8 @@ def json_object(line: str) -> dict[str, Any]:
     try:
         body = _decode(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        why = error.msg.removesuffix(" at")  # some of them have one
+        raise ValueError(f"not JSON: {why} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not usable: nested too deeply") from None
     if not isinstance(body, dict):

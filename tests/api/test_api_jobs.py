@@ -85,6 +85,8 @@ def test_a_submit_that_does_not_wait_is_202_at_once(stage):
     stage.on_publish = lambda _lane, _delivery, job_ids: stage.succeed(str(job_ids[0]))
     for prefer in ("respond-async, wait=20", "wait=0", "wait=soon", "return=minimal", ";;,", ""):
         assert stage.client.post("/v1/jobs", json=HELLO, headers={"Prefer": prefer}).status_code == 202
+    outdone = stage.client.post("/v1/jobs?wait=20", json=HELLO, headers={"Prefer": "respond-async"})
+    assert (outdone.status_code, outdone.headers["Preference-Applied"]) == (202, "respond-async")
 
 
 def test_a_preference_says_that_it_was_heard_and_respond_async_outdoes_a_wait(stage):

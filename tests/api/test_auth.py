@@ -1,5 +1,6 @@
 """Keys as a client meets them: what comes first, what a key may do, how often."""
 
+import logging
 from contextlib import suppress
 from unittest.mock import Mock
 from uuid import uuid4
@@ -127,25 +128,36 @@ def streamed(stage, headers, meanwhile):
 
     with capture_logs() as logged:
         stage.client.portal.call(served)
-    assert not logged  # that a key is revoked is no failure of ours
-    return sent[1:]
+    return sent[1:], [entry["event"] for entry in logged]
 
 
 def test_a_stream_breaks_off_when_its_key_is_revoked(stage, monkeypatch):
     monkeypatch.setattr(auth, "CHECK_S", 0)
     headers = stage.key(tenant="acme")
-    assert streamed(stage, headers, lambda: stage.sql("UPDATE api_keys SET revoked_at = now() WHERE tenant = 'acme'")) == [b"before"]
-    assert streamed(stage, stage.key(tenant="acme"), lambda: None) == [b"before", b"after"]
+
+    def revoked():
+        stage.sql("UPDATE api_keys SET revoked_at = now() WHERE tenant = 'acme'")
+
+    assert streamed(stage, headers, revoked) == ([b"before"], ["stream_broken_off"])
+    assert streamed(stage, stage.key(tenant="acme"), lambda: None) == ([b"before", b"after"], [])
 
 
 def test_a_stream_goes_on_while_postgres_is_away(stage, monkeypatch):
     monkeypatch.setattr(auth, "CHECK_S", 0)
+    headers, callers = stage.key(), stage.client.app.state.parts.callers
     gone = Mock(side_effect=OperationalError(None, None, ConnectionError()))
-    assert streamed(stage, stage.key(), lambda: monkeypatch.setattr(stage.client.app.state.parts.callers, "_send", gone)) == [
-        b"before",
-        b"after",
-    ]
+    assert streamed(stage, headers, lambda: monkeypatch.setattr(callers, "_send", gone)) == ([b"before", b"after"], [])
     gone.assert_called_once()
+
+
+def test_the_servers_log_adds_nothing_to_what_was_broken_off():
+    def record(error):
+        return logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "failed", None, (type(error), error, None) if error else None)
+
+    logger = logging.getLogger("uvicorn.error")
+    assert not logger.filter(record(BrokenOff()))
+    assert logger.filter(record(ValueError()))
+    assert logger.filter(record(None))
 
 
 def test_a_scope_that_this_version_does_not_know_allows_nothing_and_breaks_nothing(stage):

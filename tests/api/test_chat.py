@@ -263,6 +263,16 @@ def test_a_stream_that_waits_begins_with_comments(stage, quick):
     assert response.headers["x-backstop-job-id"]
 
 
+def test_a_stream_that_begins_begins_with_a_comment(stage, monkeypatch):
+    async def one(_):
+        yield
+
+    monkeypatch.setattr("api.chat._beats", one)
+    stage.on_publish = lambda _lane, _delivery, job_ids: stage.succeed(str(job_ids[0]))
+    waiting, said, *_ = chunks(ask(stage, stream=True).text)
+    assert (waiting, said["choices"][0]["delta"]["content"]) == (None, "Hello!")
+
+
 def test_an_error_after_a_stream_began_is_its_last_event(stage, quick):
     response = ask(stage, {"x-stainless-read-timeout": "0.2"}, stream=True)
     assert response.status_code == 200

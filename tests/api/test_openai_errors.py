@@ -35,6 +35,12 @@ def test_the_path_decides_how_an_error_leaves(path, openai):
     assert speaks_openai(path) is openai
 
 
+@pytest.mark.parametrize("path", ["/models", "/chat/completions", "/files/file-1", "/batches"])
+def test_a_base_url_without_v1_is_told_so(stage, path):
+    response = stage.client.post(path)
+    assert (response.status_code, response.json()["error"]["message"].split(": ")[1]) == (404, "the base URL has to end with /v1")
+
+
 def test_without_a_key_that_works_it_is_a_401(stage):
     for header in ("", "Bearer nonsense", "Basic Og=="):
         response = stage.client.get("/v1/models", headers={"Authorization": header})
