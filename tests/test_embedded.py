@@ -2,19 +2,19 @@
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 import redis
+from ports import free_port
 
 from worker.embedded import home, launch, minder, servers
 from worker.embedded.postgres import Postgres
@@ -110,12 +110,6 @@ def sql(url: str, statement: str) -> list[tuple]:
     with psycopg.connect(url) as connection:
         cursor = connection.execute(statement)
         return cursor.fetchall() if cursor.description else []
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def is_free(lock: Path) -> bool:
@@ -236,11 +230,15 @@ def test_who_comes_while_another_starts_the_server_is_not_given_the_url_of_a_ser
     place = tmp_path / "valkey"
     with valkey(tmp_path, durable=False) as endpoints:
         for pid in pids(place):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the server may go with its minder
+                os.kill(pid, signal.SIGKILL)
         assert is_free(place / "server.lock")
-    starter = [home.take(place / lock) for lock in ("door.lock", "minder.lock")]
+    starter = [home.take(place / lock, wait_s=PATIENCE_S) for lock in ("door.lock", "minder.lock")]
     (place / "url").write_text(endpoints.redis_url)
-    with user(tmp_path) as late:
+    with user(tmp_path) as late, ExitStack() as starting:
+        for lock in starter:
+            assert lock is not None
+            starting.callback(os.close, lock)
 
         def opened() -> set[str]:
             paths = map(os.path.realpath, Path(f"/proc/{late.pid}/fd").iterdir())
@@ -248,8 +246,7 @@ def test_who_comes_while_another_starts_the_server_is_not_given_the_url_of_a_ser
 
         assert eventually(opened)
         assert opened() == {"door.lock"}  # there it waits, before it looks at anything else
-        for lock in reversed(starter):
-            os.close(lock)
+        starting.close()
         url = late.stdout.readline().strip()
         assert url not in ("", endpoints.redis_url)
         assert redis_get(url, "x") is None
@@ -276,7 +273,7 @@ def test_a_server_left_over_by_a_killed_minder_is_stopped_before_another_touches
     with valkey(tmp_path):
         pass
     kind = Valkey(tmp_path / "valkey")
-    lock, port = home.take(kind.home / "server.lock"), unused_port()
+    lock, port = home.take(kind.home / "server.lock"), free_port()
     with (kind.home / "log").open("ab") as log:
         orphan = launch.start(kind.launch(port, "secret"), directory=kind.home / "data", log=log, lock=lock, stop=signal.SIGTERM)
     home.write_holder(lock, orphan.pid)

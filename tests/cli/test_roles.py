@@ -16,6 +16,7 @@ from uuid import UUID
 import httpx
 import pytest
 import stage
+from ports import free_port
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from worker import cli
@@ -99,12 +100,6 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def answer_of(api: str, key: str, question: str) -> dict[str, object]:
     body = {"messages": [{"role": "user", "content": question}]}
     headers = {"Authorization": f"Bearer {key}", "Prefer": "wait=30"}
@@ -115,7 +110,7 @@ def answer_of(api: str, key: str, question: str) -> dict[str, object]:
 
 
 def test_up_starts_everything_stops_without_a_trace_keeps_its_data_and_ends_over_a_child_that_dies_again_and_again(place):
-    api_port, flower_port, vendor_port = unused_port(), unused_port(), unused_port()
+    api_port, flower_port, vendor_port = free_port(), free_port(), free_port()
     (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=vendor_port))
     (place / "script.toml").write_text('[providers.steady]\nmodel = "sim"\n')
     api = f"http://127.0.0.1:{api_port}"
@@ -173,7 +168,7 @@ def words(pid: int) -> list[bytes]:
 
 
 def test_a_worker_that_is_killed_under_up_is_started_again_and_every_job_is_answered(place, monkeypatch):
-    port, vendor_port = unused_port(), unused_port()
+    port, vendor_port = free_port(), free_port()
     (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=vendor_port))
     (place / "script.toml").write_text('[providers.steady]\nmodel = "sim"\nlatency = {ms = 200}\n')
     for name, value in {"HEARTBEAT_S": "0.2", "HEARTBEAT_TTL_S": "3", "BULK_SLOTS": "10", "PACK_SIZE": "5"}.items():
@@ -231,7 +226,7 @@ def check_flower(flower: httpx.Client, login: str, ask: Callable[[], object]) ->
 def test_up_says_what_is_wrong_before_it_starts_anything(config, arguments, complaint, place, capsys):
     (place / "backstop.toml").write_text(config.format(name="steady", port=1))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = {"taken": taken.getsockname()[1], "free": unused_port()}
+        ports = {"taken": taken.getsockname()[1], "free": free_port()}
         with pytest.raises(SystemExit) as ended:
             cli.main(["up", *(argument.format(**ports) for argument in arguments)])
     assert ended.value.code == 2
@@ -293,7 +288,7 @@ with Children(Path("logs")) as children:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_children_end_with_the_command_that_started_them(stop, place):
-    with command(str(unused_port()), program=("-c", STARTER)) as process:
+    with command(str(free_port()), program=("-c", STARTER)) as process:
         child = int(said(process, "\n"))
         process.send_signal(stop)
         process.wait(PATIENCE_S)
@@ -312,7 +307,7 @@ def test_a_child_that_ends_is_named_with_the_last_line_it_wrote(place):
 def test_beat_and_flower_refuse_to_run_without_a_broker(place, capsys):
     (place / "backstop.toml").write_text(CONFIG.format(name="steady", port=1))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["flower", "--port", str(unused_port())])
+        cli.main(["flower", "--port", str(free_port())])
     assert ended.value.code == 69
     assert "DATABASE_URL is not set" in capsys.readouterr().err
 

@@ -15,7 +15,6 @@ What the lab does and sees is noted in `lab.history`; the checker holds ledger, 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ import stage
 from celery import Celery
 from fleet import PATIENCE_S, Api, Worker, start
 from history import History
+from ports import free_port
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -129,9 +129,7 @@ class Lab:
 
     async def api(self, **environment: str) -> Api:
         """A live API process and a key for it."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         log = self.directory / "api.log"
         process = await start(["-m", "worker", "api", "--port", str(port)], {**self.environment, **environment}, log)
         key = await keys.create(self.db, name=f"lab {port}")

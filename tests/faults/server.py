@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import random
 import secrets
 import signal
-import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from ports import free_port
 from proxy import Proxy
 from psycopg import AsyncConnection
 
@@ -36,7 +35,7 @@ class Server:
     def __init__(self, recipe: Postgres | Valkey) -> None:
         self.recipe = recipe
         self.proxy: Proxy
-        self.port = _free_port()
+        self.port = free_port()
         self._password = secrets.token_hex(12)
         self.options: dict[str, Any] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -173,15 +172,6 @@ class Servers:
 def named(url: str, database_name: str) -> str:
     """The same server, another database."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{database_name}"))
-
-
-def _free_port() -> int:
-    """Below those that the kernel gives to clients: they must not take it while the server is down."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -5,19 +5,19 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from standardwebhooks.webhooks import Webhook
 from test_fleet import LONG_S, Fleet, environment, fleet, until  # noqa: F401 - the fixture
 
@@ -25,11 +25,6 @@ from worker.following import Enqueuing
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        return int(listener.getsockname()[1])
 
 
 def backstop(*words: str) -> list[str]:

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+from ports import free_port
 from redis import Redis
 from sqlalchemy import Engine, create_engine, text
 from stage import own_database
@@ -192,8 +192,7 @@ def running(settings: Settings, program: str, *arguments: str) -> Iterator[None]
 @contextmanager
 def api(settings: Settings, *beat_s: str) -> Iterator[str]:
     """The base URL of an API that answers."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with running(settings, API, str(port), *beat_s):
         until(lambda: answers(f"http://127.0.0.1:{port}/readyz"))
         yield f"http://127.0.0.1:{port}/v1"

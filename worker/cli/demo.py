@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -59,14 +61,14 @@ def demo(as_json: bool) -> None:
     """240 tickets through three simulated providers, one of which goes down for a while; then results, bill and books."""
     began_s = time.monotonic()
     data = read_settings().data.absolute() / "demo"
-    ports = _free_ports(2)
-    _set_scene(data, ports[0])
+    simulator, api = _free_port(), _free_port()
+    _set_scene(data, simulator)
     with servers() as settings, Children(data / "logs", grace_s=20) as children:
-        stage = Stage(data, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", first_key(data).read_text().strip())
-        children.start("simulator", ["simulate", "--port", str(ports[0])])
+        stage = Stage(data, f"http://127.0.0.1:{simulator}", f"http://127.0.0.1:{api}", first_key(data).read_text().strip())
+        children.start("simulator", ["simulate", "--port", str(simulator)])
         children.start("worker-interactive", ["worker", "--lane", "interactive"])
         children.start("worker-bulk", ["worker", "--lane", "bulk"])
-        children.start("api", ["api", "--port", str(ports[1])])
+        children.start("api", ["api", "--port", str(api)])
         report = with_ledger(lambda open_: _play(open_, settings, stage, children))
     report["seconds"] = round(time.monotonic() - began_s, 1)
     show_json(report) if as_json else _tell(report)
@@ -204,13 +206,10 @@ def _tell(report: dict[str, Any]) -> None:
         click.echo(f"{name:<15} {words}")
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+def _free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses, below those the kernel gives to clients: one would have it before its server starts."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
