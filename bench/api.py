@@ -31,11 +31,12 @@ from bench import processes
 from bench.people import until_ready
 from bench.throughput import CONFIG, machine
 from worker import keys
-from worker.database import run, upgrade
+from worker.database import run
 from worker.embedded.servers import running
 from worker.intervene import cancel
 from worker.job import ChatRequest, Lane
 from worker.loop import new_event_loop
+from worker.schema import upgrade
 from worker.settings import Settings
 from worker.submit import NewJob, submit
 from worker.wiring import Connections, connections

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import requests
 
@@ -55,7 +56,7 @@ class NaiveClient:
 
 
 def _ask(url: str, prompt: str, timeout_s: float) -> str:
-    body = {"model": "sim", "messages": [{"role": "user", "content": prompt}]}
+    body: dict[str, Any] = {"model": "sim", "messages": [{"role": "user", "content": prompt}]}
     response = requests.post(f"{url}/chat/completions", json=body, timeout=timeout_s)
     if response.status_code == 429 or response.status_code >= 500:
         raise ProviderError(str(response.status_code))

@@ -46,7 +46,8 @@ def telling(run: Mapping[str, Any]) -> str:
         lost = sum(not is_good(job) for jobs in run["jobs"].values() for job in jobs if job["world"] == world)
         return lost, sum(one["to_s"] - one["from_s"] for one in run["worlds"][world]["episodes"])
 
-    return max((world for world in run["worlds"] if world.startswith("independent.")), key=told)
+    worlds: list[str] = [world for world in run["worlds"] if world.startswith("independent.")]
+    return max(worlds, key=told)
 
 
 def drawn(run: Mapping[str, Any], world: str) -> Figure:

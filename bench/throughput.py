@@ -24,9 +24,9 @@ from typing import Any
 import click
 
 from bench import processes
-from worker.database import upgrade
 from worker.embedded.servers import running
 from worker.errors import BackstopError
+from worker.schema import upgrade
 
 CONFIG = """
 [providers.stub]
