@@ -41,6 +41,7 @@ def create_app(settings: Settings | None = None, connections: wiring.Connections
             if opened is None:
                 opened = await stack.enter_async_context(wiring.connections(chosen, configured))
             app.state.parts = await _parts(stack, opened, configured, chosen)
+            app.openapi()  # a quarter of a second that the first request with a query parameter would take from all others
             yield
 
     app = FastAPI(

@@ -48,7 +48,7 @@ def _administrator(servers: Endpoints) -> Iterator[psycopg.Connection]:
 def database_url(servers: Endpoints, _administrator: psycopg.Connection) -> Iterator[str]:
     """A database of this test's own, with the newest schema and no rows beyond those of the migrations."""
     name = f"test_{next(_numbers)}"
-    _administrator.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}".encode())
+    _administrator.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE} STRATEGY file_copy".encode())
     yield _named(servers, name)
     _administrator.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -92,13 +93,21 @@ def stage_without_redis(database_url: str, tmp_path: Path, monkeypatch: pytest.M
         yield staged
 
 
+@cache
+def description() -> dict[str, Any]:
+    """The OpenAPI document: the same for every app, so that it is made once."""
+    return create_app(Settings(config=Path(__file__).parents[2] / "backstop.toml")).openapi()
+
+
 @contextmanager
 def played(database_url: str, redis_url: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     config = data / "backstop.toml"
     config.write_text(CONFIG)
     chosen = Settings(database_url=database_url, redis_url=redis_url, config=config, data=data)
     ledger = create_engine(database.driver_url(database_url))
-    with TestClient(create_app(chosen), raise_server_exceptions=False) as client:
+    app = create_app(chosen)
+    app.openapi = description
+    with TestClient(app, raise_server_exceptions=False) as client:
         staged = Stage(client, ledger, [], database_url)
 
         def publish(*message: Any) -> None:

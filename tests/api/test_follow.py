@@ -161,6 +161,86 @@ def test_a_silent_stream_shows_that_it_lives(stage, monkeypatch):
     assert [name for name, _, _ in told(text)] == ["queued", "succeeded"]
 
 
+class Clock(asyncio.SelectorEventLoop):
+    """A loop whose time is what a story says."""
+
+    now_s = 100.0
+
+    def time(self):
+        return self.now_s
+
+
+def test_a_comment_comes_after_each_quarter_of_a_minute_without_an_event_and_no_sooner(monkeypatch):
+    monkeypatch.setattr(follow, "TICK_S", 1.0)
+    began_s = Clock.now_s
+
+    async def story():
+        clock = asyncio.get_running_loop()
+
+        async def look():
+            name = "queued" if clock.now_s < began_s + 40 else "running"
+            return follow.Event(id=name, name=name, data="{}", last=clock.now_s >= began_s + 62)
+
+        async def pause():
+            clock.now_s += follow.until_next_look_s()
+
+        told_of = follow.events(await look(), look, pause, "")
+        return [(clock.now_s - began_s, said.split(b"\n")[0]) async for said in told_of]
+
+    beat = b": still here"
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        assert runner.run(story()) == [
+            (0, b"event: queued"),
+            (15, beat),
+            (30, beat),
+            (40, b"event: running"),
+            (55, beat),
+        ]
+
+
+def test_all_who_follow_look_in_the_same_moment(monkeypatch):
+    monkeypatch.setattr(follow, "TICK_S", 1.0)
+
+    async def times():
+        clock, found = asyncio.get_running_loop(), []
+        for clock.now_s in (7.25, 7.5, 8.0):
+            found.append(clock.now_s + follow.until_next_look_s())
+        return found
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        assert runner.run(times()) == [8.0, 8.0, 9.0]
+
+
+def test_a_job_that_is_requeued_while_its_end_is_read_is_told_of_as_queued(stage, monkeypatch):
+    job_id = stage.submit()["id"]
+    move(stage, job_id, "failed", 1)
+    read, reading = follow.reads.job, []
+
+    async def read_late(db, wanted):
+        if not reading:
+            reading.append(wanted)
+            await asyncio.to_thread(move, stage, job_id, "queued", 1)
+        return await read(db, wanted)
+
+    monkeypatch.setattr(follow.reads, "job", read_late)
+    look = stage.client.app.state.parts.looks.job
+    told_of = stage.client.portal.call(look, UUID(job_id))
+    assert (reading, told_of.name, told_of.last) == ([UUID(job_id)], "queued", False)
+
+
+def test_a_job_that_is_deleted_while_its_end_is_read_is_told_of_no_more(stage, monkeypatch):
+    job_id = stage.submit()["id"]
+    move(stage, job_id, "failed", 1)
+    read = follow.reads.job
+
+    async def read_late(db, wanted):
+        await asyncio.to_thread(stage.sql, "DELETE FROM jobs WHERE id = :id", id=wanted)
+        return await read(db, wanted)
+
+    monkeypatch.setattr(follow.reads, "job", read_late)
+    assert stage.client.portal.call(stage.client.app.state.parts.looks.job, UUID(job_id)) is None
+
+
 def test_what_is_deleted_meanwhile_ends_its_stream(stage):
     job_id = stage.submit()["id"]
     script = Script(stage, lambda: stage.sql("DELETE FROM jobs WHERE id = :id", id=UUID(job_id)))

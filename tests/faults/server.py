@@ -151,7 +151,7 @@ class Servers:
                 await connection.execute(f"CREATE DATABASE {_TEMPLATE}".encode())
                 await schema.upgrade(named(self.postgres.url(), _TEMPLATE))
             await connection.execute(f"DROP DATABASE IF EXISTS lab_{number - 1} WITH (FORCE)".encode())
-            await connection.execute(f"CREATE DATABASE lab_{number} TEMPLATE {_TEMPLATE}".encode())
+            await connection.execute(f"CREATE DATABASE lab_{number} TEMPLATE {_TEMPLATE} STRATEGY file_copy".encode())
         return f"lab_{number}"
 
     async def _plain_postgres(self) -> None:
